@@ -1,0 +1,197 @@
+"""The public functions and their differentiation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jax_dcn import primitives
+from jax_dcn.geometry import Geometry, Pair, check_operands
+
+IMPLEMENTATIONS = ("native", "xla")
+
+
+def deform_conv2d(
+    x: jax.Array,
+    offset: jax.Array,
+    weight: jax.Array,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+    bias: jax.Array | None = None,
+    im2col_step: int = 32,
+    *,
+    mask: jax.Array | None = None,
+    data_format: str = "NCHW",
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Deformable convolution (DCNv1, Dai et al. 2017, https://arxiv.org/abs/1703.06211).
+
+    The operator of `mmcv.ops.deform_conv2d`, with its positional arguments. Output pixel (ho, wo) reads tap
+    (i, j) of deform group g at
+
+        y = ho*stride_h - padding_h + i*dilation_h + offset[n, ((g*kh + i)*kw + j)*2, ho, wo]
+        x = wo*stride_w - padding_w + j*dilation_w + offset[n, ((g*kh + i)*kw + j)*2 + 1, ho, wo]
+
+    by bilinear interpolation, in pixels, pixels outside the image counting as 0.
+
+    Shapes for data_format="NCHW", and for "NHWC":
+      x       (N, C_in, H, W)                                (N, H, W, C_in)
+      offset  (N, deform_groups*kh*kw*2, H_out, W_out)       (N, H_out, W_out, deform_groups*kh*kw*2)
+      mask    (N, deform_groups*kh*kw, H_out, W_out)         (N, H_out, W_out, deform_groups*kh*kw)
+      weight  (C_out, C_in/groups, kh, kw)                   (kh, kw, C_in/groups, C_out)
+      result  (N, C_out, H_out, W_out)                       (N, H_out, W_out, C_out)
+
+    with H_out = (H + 2*padding_h - (dilation_h*(kh - 1) + 1)) // stride_h + 1, and W_out likewise.
+
+    Args:
+      x: the image, float32, float64, bfloat16 or float16.
+      offset: the displacement (dy, dx) of every tap, in pixels, of any of these dtypes.
+      weight: the kernel, of x's dtype.
+      stride, padding, dilation: an int or a pair (height, width).
+      groups: weight groups. C_in and C_out must be multiples.
+      deform_groups: groups of input channels with offsets of their own. C_in must be a multiple.
+      bias: None or False, or (C_out,) of x's dtype.
+      im2col_step: accepted for mmcv's sake. There is no column buffer for it to bound, so it changes neither
+        the numbers nor the batch sizes allowed.
+      mask: None, or a factor for every sample, of any of these dtypes, which makes it DCNv2.
+      data_format: "NCHW" or "NHWC".
+      precision: as in `jax.lax.conv_general_dilated`. The CPU kernels always use the full precision.
+
+    Returns:
+      The result, of x's dtype. Coordinates, interpolation and sums are in float32, in float64 for float64.
+
+    Raises:
+      TypeError: a dtype or an argument of the wrong type.
+      ValueError: shapes that do not fit one another.
+    """
+    del im2col_step
+    return _deform_conv2d(
+        "deform_conv2d",
+        *(x, offset, mask, weight, bias),
+        sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
+        data_format=data_format,
+        precision=precision,
+    )
+
+
+def modulated_deform_conv2d(
+    x: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+    *,
+    data_format: str = "NCHW",
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Modulated deformable convolution (DCNv2, Zhu et al. 2018, https://arxiv.org/abs/1811.11168).
+
+    The operator of `mmcv.ops.modulated_deform_conv2d`, with its positional arguments: `deform_conv2d` with every
+    sample multiplied by its mask. The mask is linear and unbounded; a sigmoid, if any, is the caller's. Shapes,
+    dtypes, the other arguments and errors are those of `deform_conv2d`.
+    """
+    if mask is None:
+        raise TypeError("modulated_deform_conv2d: mask must be an array, got None")
+    return _deform_conv2d(
+        "modulated_deform_conv2d",
+        *(x, offset, mask, weight, bias),
+        sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
+        data_format=data_format,
+        precision=precision,
+    )
+
+
+def _deform_conv2d(name, x, offset, mask, weight, bias, *, sizes, data_format, precision) -> jax.Array:
+    x, offset, weight = (
+        _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
+    )
+    mask = None if mask is None else _as_array(name, "mask", mask)
+    bias = None if bias is None or bias is False else _as_array(name, "bias", bias)
+    geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
+    call = _Call(geometry, lax.Precision(precision) if isinstance(precision, str) else precision, _implementation())
+    if data_format == "NHWC":
+        return _differentiable(call, x, offset, mask, weight, bias)
+
+    x, offset = jnp.moveaxis(x, 1, 3), jnp.moveaxis(offset, 1, 3)
+    mask = None if mask is None else jnp.moveaxis(mask, 1, 3)
+    y = _differentiable(call, x, offset, mask, jnp.transpose(weight, (2, 3, 1, 0)), bias)
+    return jnp.moveaxis(y, 3, 1)
+
+
+def _as_array(name: str, argument: str, value: Any) -> jax.Array:
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
+    return jnp.asarray(value)
+
+
+def _implementation() -> str:
+    """What the environment asks for when a function is traced: the kernels, or plain XLA everywhere."""
+    implementation = os.environ.get("JAX_DCN_IMPLEMENTATION", "native")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"JAX_DCN_IMPLEMENTATION must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    return implementation
+
+
+# --- differentiation, on NHWC operands ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static parameters of a call."""
+
+    geometry: Geometry
+    precision: Any
+    implementation: str
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Perturbed:
+    """Which operands a gradient is asked for, carried from the forward to the backward rule."""
+
+    names: tuple[str, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(call: _Call, x, offset, mask, weight, bias):
+    return primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(call))
+
+
+def _forward(call: _Call, x, offset, mask, weight, bias):
+    operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
+    perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
+    values = [operand if operand is None else operand.value for operand in operands.values()]
+    return _differentiable(call, *values), (values, _Perturbed(perturbed))
+
+
+def _backward(call: _Call, residuals, grad_y):
+    (x, offset, mask, weight, bias), perturbed = residuals
+    names = ("x", "offset", "mask", "weight", "bias")
+    if isinstance(grad_y, SymbolicZero):
+        return (None,) * len(names)
+    wanted = tuple(name for name in names[:-1] if name in perturbed.names)
+    gradients = {}
+    if wanted:
+        gradients = primitives.deform_conv2d_backward(grad_y, x, offset, mask, weight, wanted=wanted, **vars(call))
+    if "bias" in perturbed.names:
+        gradients["bias"] = grad_y.sum((0, 1, 2), dtype=jnp.promote_types(bias.dtype, jnp.float32)).astype(bias.dtype)
+    return tuple(gradients.get(name) for name in names)
+
+
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

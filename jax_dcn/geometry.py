@@ -1,0 +1,211 @@
+"""Sizes of a deformable convolution, and the checks of what a caller passes.
+
+Everything behind the public functions may assume operands that passed `check_operands`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+DATA_FORMATS = ("NCHW", "NHWC")
+DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What is static about a deformable convolution apart from the array shapes.
+
+    Pairs are (height, width).
+    """
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    deform_groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions, kh * kw."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def mask_channels(self) -> int:
+        return self.deform_groups * self.taps
+
+    @property
+    def offset_channels(self) -> int:
+        return self.mask_channels * 2
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(H_out, W_out) for an image of (height, width)."""
+        return tuple(
+            (n + 2 * p - (d * (k - 1) + 1)) // s + 1
+            for n, k, s, p, d in zip(
+                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    def repeat_groups(self, times: int) -> Geometry:
+        """The geometry of `times` such convolutions, laid side by side along the channels."""
+        return dataclasses.replace(self, groups=self.groups * times, deform_groups=self.deform_groups * times)
+
+
+def _integer(name: str, argument: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}") from None
+
+
+def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
+    """An int or a pair of ints as (height, width), each at least `minimum`."""
+    values = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"{name}: {argument} must be an integer or a pair (height, width), got {value!r}")
+    pair = tuple(_integer(name, argument, v) for v in values)
+    if min(pair) < minimum:
+        raise ValueError(f"{name}: {argument} must be at least {minimum}, got {value!r}")
+    return pair
+
+
+def to_count(name: str, argument: str, value: Any) -> int:
+    """A positive int."""
+    count = _integer(name, argument, value)
+    if count < 1:
+        raise ValueError(f"{name}: {argument} must be at least 1, got {value!r}")
+    return count
+
+
+def check_data_format(name: str, data_format: Any) -> None:
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f"{name}: data_format must be one of {DATA_FORMATS}, got {data_format!r}")
+
+
+def _check_dtypes(name: str, operands: dict[str, Any]) -> None:
+    x = operands["x"]
+    for argument, operand in operands.items():
+        if operand.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: {argument} has dtype {operand.dtype}, expected one of "
+                + ", ".join(jnp.dtype(d).name for d in DTYPES)
+            )
+        if argument in ("weight", "bias") and operand.dtype != x.dtype:
+            raise TypeError(f"{name}: {argument} has dtype {operand.dtype}, expected x's, {x.dtype}")
+
+
+def _check_ranks(name: str, operands: dict[str, Any]) -> None:
+    for argument, operand in operands.items():
+        rank = 1 if argument == "bias" else 4
+        if operand.ndim != rank:
+            raise ValueError(
+                f"{name}: {argument} has {operand.ndim} dimensions, expected {rank}, in shape {operand.shape}"
+            )
+
+
+def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geometry, data_format: str) -> None:
+    groups = geometry.groups
+    if data_format == "NCHW":
+        c_out, group_in = weight.shape[:2]
+        order = "(C_out, C_in/groups, kh, kw)"
+    else:
+        group_in, c_out = weight.shape[2:]
+        order = "(kh, kw, C_in/groups, C_out)"
+    for argument, size in (("C_in", c_in), ("C_out", c_out)):
+        if size < 1 or size % groups:
+            raise ValueError(f"{name}: {argument} ({size}) must be a positive multiple of groups ({groups})")
+    if c_in % geometry.deform_groups:
+        raise ValueError(f"{name}: C_in ({c_in}) must be a multiple of deform_groups ({geometry.deform_groups})")
+    if group_in != c_in // groups:
+        raise ValueError(
+            f"{name}: weight has {group_in} input channels, expected {c_in // groups} = C_in ({c_in}) / "
+            f"groups ({groups}), in shape {weight.shape} as {order}"
+        )
+    if geometry.taps == 0:
+        raise ValueError(f"{name}: weight has an empty kernel, in shape {weight.shape} as {order}")
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"{name}: bias has shape {bias.shape}, expected ({c_out},) = (C_out,)")
+
+
+def _check_per_pixel(
+    name: str, argument: str, array: Any, channels: int, formula: str, batch: int, out: Pair, data_format: str
+) -> None:
+    """Checks offset or mask: one value per image, channel and output pixel."""
+    n, *rest = array.shape
+    c, spatial = (rest[0], tuple(rest[1:])) if data_format == "NCHW" else (rest[2], tuple(rest[:2]))
+    if n != batch:
+        raise ValueError(f"{name}: {argument} has batch size {n}, expected x's, {batch}")
+    if c != channels:
+        raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}")
+    if spatial != out:
+        raise ValueError(
+            f"{name}: {argument} has spatial size {spatial[0]} x {spatial[1]}, expected that of the output, "
+            f"{out[0]} x {out[1]}"
+        )
+
+
+def check_operands(
+    name: str,
+    x: Any,
+    offset: Any,
+    mask: Any | None,
+    weight: Any,
+    bias: Any | None,
+    *,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    deform_groups: Any,
+    data_format: str,
+) -> Geometry:
+    """Checks the operands of the public function `name` against one another and returns their geometry.
+
+    Raises:
+      TypeError: a dtype that is not supported or does not match, or a size that is not an integer.
+      ValueError: a shape or a size that does not fit. The message gives what was expected and what came.
+    """
+    check_data_format(name, data_format)
+    operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
+    operands = {argument: operand for argument, operand in operands.items() if operand is not None}
+    _check_ranks(name, operands)
+    _check_dtypes(name, operands)
+
+    nchw = data_format == "NCHW"
+    geometry = Geometry(
+        kernel_size=tuple(weight.shape[2:] if nchw else weight.shape[:2]),
+        stride=to_pair(name, "stride", stride, 1),
+        padding=to_pair(name, "padding", padding, 0),
+        dilation=to_pair(name, "dilation", dilation, 1),
+        groups=to_count(name, "groups", groups),
+        deform_groups=to_count(name, "deform_groups", deform_groups),
+    )
+    batch = x.shape[0]
+    c_in, height, width = x.shape[1:] if nchw else (x.shape[3], x.shape[1], x.shape[2])
+    _check_weight(name, weight, bias, c_in, geometry, data_format)
+
+    if height < 1 or width < 1:
+        raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
+    out = geometry.output_size(height, width)
+    if min(out) < 1:
+        raise ValueError(
+            f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
+            f"{height} x {width}, kernel {geometry.kernel_size}, stride {geometry.stride}, "
+            f"padding {geometry.padding}, dilation {geometry.dilation}"
+        )
+    kh, kw = geometry.kernel_size
+    formula = f"deform_groups ({geometry.deform_groups}) * kernel {kh} * {kw}"
+    _check_per_pixel(name, "offset", offset, geometry.offset_channels, f"{formula} * 2", batch, out, data_format)
+    if mask is not None:
+        _check_per_pixel(name, "mask", mask, geometry.mask_channels, formula, batch, out, data_format)
+    return geometry

@@ -1,0 +1,69 @@
+"""The native module: loading it, registering its handlers with XLA, calling them, and telling about it."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from jax_dcn.geometry import Geometry
+from jax_dcn.version import __version__
+
+# XLA's registry is one per process, so the names carry a prefix.
+DEFORM_CONV2D = "jax_dcn_deform_conv2d"
+DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
+
+try:
+    from jax_dcn import _native
+except ImportError as error:
+    _native = None
+    MISSING: str | None = str(error)
+    warnings.warn(
+        f"jax_dcn: the native module could not be loaded ({error}); plain XLA takes its place, which is many "
+        "times slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+else:
+    MISSING = None
+    for _name, _handler in _native.cpu_handlers().items():
+        jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+
+
+def call(
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    operands: dict[str, jax.Array],
+    geometry: Geometry,
+    **flags: bool,
+) -> Sequence[jax.Array]:
+    """Calls a handler. Its operands come in the order that csrc/ffi declares, the optional ones last."""
+    optional = [name for name in ("mask", "bias") if name in operands]
+    required = [name for name in operands if name not in optional]
+    return jax.ffi.ffi_call(target, results)(
+        *(operands[name] for name in required + optional),
+        stride=np.array(geometry.stride, np.int64),
+        padding=np.array(geometry.padding, np.int64),
+        dilation=np.array(geometry.dilation, np.int64),
+        groups=np.int64(geometry.groups),
+        deform_groups=np.int64(geometry.deform_groups),
+        has_mask="mask" in operands,
+        **flags,
+    )
+
+
+def show_config() -> None:
+    """Prints versions, the kernels loaded and, where one is missing, why."""
+    print(f"jax_dcn  {__version__}")
+    print(f"jax      {jax.__version__}, jaxlib {jaxlib.__version__}, python {platform.python_version()}")
+    if MISSING is not None:
+        print(f"cpu      plain XLA: the native module could not be loaded: {MISSING}")
+    else:
+        print(f"cpu      kernels for {_native.cpu_isa()} ({', '.join(_native.cpu_isas())} built)")
+    print("cuda     plain XLA: this version has no CUDA kernels")

@@ -1,0 +1,181 @@
+"""The two primitives and their rules, on NHWC operands that `geometry.check_operands` passed.
+
+`deform_conv2d_p` computes y, `deform_conv2d_backward_p` the gradients that its parameter `wanted` names. The mask
+and the bias are optional, so the parameter `names` says which operand is which. The other parameters are
+`geometry`, `precision` and `implementation`, "native" or "xla".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+from jax_dcn import _compat, lowering
+
+# --- batching: the mapped axis is merged with another one, so that one call serves all examples ---
+
+# Operands and gradients that have one entry per image.
+_PER_IMAGE = {"grad_y", "x", "offset", "mask"}
+
+
+def _in_front(operand: jax.Array, axis: int | None, size: int) -> jax.Array:
+    if axis is None:
+        return jnp.broadcast_to(operand, (size, *operand.shape))
+    return jnp.moveaxis(operand, axis, 0)
+
+
+def _fold(operand: jax.Array, axis: int | None, size: int, into: int) -> jax.Array:
+    """Merges the mapped axis into axis `into` of the unmapped operand, as the slower index."""
+    operand = _in_front(operand, axis, size)
+    shape = list(operand.shape[1:])
+    into %= len(shape)
+    shape[into] *= size
+    return jnp.moveaxis(operand, 0, into).reshape(shape)
+
+
+def _unfold(result: jax.Array, size: int, axis: int) -> jax.Array:
+    """Undoes `_fold`: the mapped axis stands at `axis` afterwards."""
+    shape = result.shape
+    return result.reshape(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :])
+
+
+def _fold_in_groups(operand: jax.Array, axis: int | None, size: int, groups: int) -> jax.Array:
+    """Merges the mapped axis of weight or bias into C_out, within each group."""
+    operand = _in_front(operand, axis, size)
+    *outer, c_out = operand.shape[1:]
+    operand = operand.reshape(size, *outer, groups, c_out // groups)
+    return jnp.moveaxis(operand, 0, -2).reshape(*outer, size * c_out)
+
+
+def _unfold_in_groups(y: jax.Array, size: int, groups: int) -> jax.Array:
+    """Undoes `_fold_in_groups`: the mapped axis stands at 0 afterwards."""
+    *outer, c_out = y.shape
+    y = y.reshape(*outer, groups, size, c_out // (groups * size))
+    return jnp.moveaxis(y, -2, 0).reshape(size, *outer, c_out // size)
+
+
+def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int | None], **params: Any):
+    geometry, names = params["geometry"], params["names"]
+    mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
+    size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
+
+    if size == 0:
+        example = [
+            jax.ShapeDtypeStruct(_in_front(operand, axis, 0).shape[1:], operand.dtype)
+            for operand, axis in zip(operands, axes, strict=True)
+        ]
+        results = jax.eval_shape(functools.partial(primitive.bind, **params), *example)
+        return [jnp.zeros((0, *result.shape), result.dtype) for result in results], [0] * len(results)
+
+    if mapped.keys() <= _PER_IMAGE and "weight" not in params.get("wanted", ()):
+        # Nothing sums over the images, so the examples are more images.
+        folded = [
+            _fold(operand, axis, size, 0) if name in _PER_IMAGE else operand
+            for name, operand, axis in zip(names, operands, axes, strict=True)
+        ]
+        results = primitive.bind(*folded, **params)
+        return [_unfold(result, size, 0) for result in results], [0] * len(results)
+
+    if "grad_y" not in names and mapped.keys().isdisjoint(_PER_IMAGE):
+        # Only the weight and the bias differ, so the examples are more output channels, and share the samples.
+        folded = [
+            operand if name in _PER_IMAGE else _fold_in_groups(operand, axis, size, geometry.groups)
+            for name, operand, axis in zip(names, operands, axes, strict=True)
+        ]
+        (y,) = primitive.bind(*folded, **params)
+        return [_unfold_in_groups(y, size, geometry.groups)], [0]
+
+    # The examples are more groups.
+    folded = [_fold(operand, axis, size, -1) for operand, axis in zip(operands, axes, strict=True)]
+    results = primitive.bind(*folded, **dict(params, geometry=geometry.repeat_groups(size)))
+    return [_unfold(result, size, 3) for result in results], [3] * len(results)
+
+
+# --- deform_conv2d ---
+
+
+def deform_conv2d(
+    x: jax.Array,  # (N, H, W, C_in)
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
+    mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
+    weight: jax.Array,  # (kh, kw, C_in/groups, C_out)
+    bias: jax.Array | None,  # (C_out,)
+    **params: Any,
+) -> jax.Array:  # (N, H_out, W_out, C_out)
+    names, operands = _present(x=x, offset=offset, mask=mask, weight=weight, bias=bias)
+    (y,) = deform_conv2d_p.bind(*operands, names=names, **params)
+    return y
+
+
+def _deform_conv2d_abstract(*operands, names, **params):
+    aval = dict(zip(names, operands, strict=True))
+    shape = (*aval["offset"].shape[:3], aval["weight"].shape[3])
+    return [aval["x"].update(shape=shape, weak_type=False)]
+
+
+# --- deform_conv2d_backward ---
+
+
+def deform_conv2d_backward(
+    grad_y: jax.Array,  # (N, H_out, W_out, C_out)
+    x: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array | None,
+    weight: jax.Array,
+    *,
+    wanted: tuple[str, ...],  # of "x", "offset", "mask", "weight"
+    **params: Any,
+) -> dict[str, jax.Array]:  # the gradients by the names in `wanted`, each of its operand's shape and dtype
+    names, operands = _present(grad_y=grad_y, x=x, offset=offset, mask=mask, weight=weight)
+    gradients = deform_conv2d_backward_p.bind(*operands, names=names, wanted=wanted, **params)
+    return dict(zip(wanted, gradients, strict=True))
+
+
+def _deform_conv2d_backward_abstract(*operands, names, wanted, **params):
+    aval = dict(zip(names, operands, strict=True))
+    return [aval[name].update(weak_type=False) for name in wanted]
+
+
+def _deform_conv2d_backward_dce(used: list[bool], equation):
+    """Drops the gradients that nobody uses, and with the last one the whole call."""
+    if not any(used):
+        return [False] * len(equation.invars), None
+    wanted = equation.params["wanted"]
+    equation = equation.replace(
+        outvars=[var for var, keep in zip(equation.outvars, used, strict=True) if keep],
+        params=dict(equation.params, wanted=tuple(name for name, keep in zip(wanted, used, strict=True) if keep)),
+    )
+    return [True] * len(equation.invars), equation
+
+
+# --- registration ---
+
+
+def _present(**operands: jax.Array | None) -> tuple[tuple[str, ...], list[jax.Array]]:
+    present = {name: operand for name, operand in operands.items() if operand is not None}
+    return tuple(present), list(present.values())
+
+
+def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | None, Callable[..., Any]]):
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = functools.partial(_batcher, primitive)
+    for platform, rule in lowerings.items():
+        mlir.register_lowering(primitive, mlir.lower_fun(rule, multiple_results=True), platform=platform)
+    return primitive
+
+
+deform_conv2d_p = _primitive("deform_conv2d", _deform_conv2d_abstract, lowering.DEFORM_CONV2D)
+
+deform_conv2d_backward_p = _primitive(
+    "deform_conv2d_backward", _deform_conv2d_backward_abstract, lowering.DEFORM_CONV2D_BACKWARD
+)
+_compat.def_dce_rule(deform_conv2d_backward_p, _deform_conv2d_backward_dce)

@@ -1,0 +1,131 @@
+"""Deformable convolution in plain jax.numpy, NHWC.
+
+The lowering where there is no kernel, what `JAX_DCN_IMPLEMENTATION=xla` selects, and the first oracle of the
+tests. It gathers the four corners of every sample, so it stores N * H_out * W_out * kh * kw * C_in values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_dcn.geometry import Geometry
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of coordinates, interpolation weights and sums: float64 for float64, else float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def coordinates(
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
+    geometry: Geometry,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:  # y and x, each (N, H_out, W_out, kh*kw, deform_groups)
+    """Where every tap samples the image, in pixels."""
+    n, h_out, w_out, _ = offset.shape
+    kh, kw = geometry.kernel_size
+
+    def regular(size: int, taps: int, axis: int) -> jax.Array:  # (size, taps)
+        start = jnp.arange(size) * geometry.stride[axis] - geometry.padding[axis]
+        return (start[:, None] + jnp.arange(taps) * geometry.dilation[axis]).astype(dtype)
+
+    shift = offset.astype(dtype).reshape(n, h_out, w_out, geometry.deform_groups, kh, kw, 2)
+    y = regular(h_out, kh, 0)[:, None, None, :, None] + shift[..., 0]
+    x = regular(w_out, kw, 1)[None, :, None, None, :] + shift[..., 1]
+
+    def taps_before_groups(a: jax.Array) -> jax.Array:
+        return a.reshape(n, h_out, w_out, geometry.deform_groups, geometry.taps).swapaxes(3, 4)
+
+    return taps_before_groups(y), taps_before_groups(x)
+
+
+def sample(
+    x: jax.Array,  # (N, H, W, C_in)
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
+    mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
+    geometry: Geometry,
+) -> jax.Array:  # (N, H_out, W_out, kh*kw, C_in)
+    """The modulated bilinear samples, in the accumulation dtype."""
+    n, height, width, c_in = x.shape
+    dtype = accumulation_dtype(x.dtype)
+    image = x.astype(dtype).reshape(n, height * width, geometry.deform_groups, c_in // geometry.deform_groups)
+
+    y, x = coordinates(offset, geometry, dtype)
+    valid = (y > -1) & (x > -1) & (y < height) & (x < width)  # False for NaN
+    y = jnp.where(valid, y, 0)
+    x = jnp.where(valid, x, 0)
+    y_low, x_low = jnp.floor(y), jnp.floor(x)
+    ly, lx = y - y_low, x - x_low
+    y_low, x_low = y_low.astype(jnp.int32), x_low.astype(jnp.int32)
+
+    out = y.shape  # (N, H_out, W_out, kh*kw, deform_groups)
+    rows_at = jax.vmap(
+        jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
+    )
+
+    def corner(dy: int, dx: int, weight: jax.Array) -> jax.Array:
+        row, column = y_low + dy, x_low + dx
+        inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        index = jnp.where(inside, row * width + column, 0).reshape(n, -1, geometry.deform_groups)
+        value = rows_at(image, index).reshape(*out, -1)
+        return jnp.where(inside[..., None], value, 0) * weight[..., None]
+
+    samples = (
+        corner(0, 0, (1 - ly) * (1 - lx))
+        + corner(0, 1, (1 - ly) * lx)
+        + corner(1, 0, ly * (1 - lx))
+        + corner(1, 1, ly * lx)
+    )
+    if mask is not None:
+        by_group = (*out[:3], geometry.deform_groups, geometry.taps)
+        factor = mask.astype(dtype).reshape(by_group).swapaxes(3, 4)
+        # A tap outside the image contributes 0 whatever its mask, even an infinite one.
+        samples = samples * jnp.where(valid, factor, 0)[..., None]
+    return samples.reshape(*out[:4], c_in)
+
+
+def deform_conv2d(
+    x: jax.Array,  # (N, H, W, C_in)
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
+    mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
+    weight: jax.Array,  # (kh, kw, C_in/groups, C_out)
+    bias: jax.Array | None,  # (C_out,)
+    *,
+    geometry: Geometry,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:  # (N, H_out, W_out, C_out)
+    """Deformable convolution, v1 without a mask and v2 with one."""
+    kh, kw, group_in, c_out = weight.shape
+    groups = geometry.groups
+    dtype = accumulation_dtype(x.dtype)
+    samples = sample(x, offset, mask, geometry)
+    y = jnp.einsum(
+        "npqtgc,tcgo->npqgo",
+        samples.reshape(*samples.shape[:4], groups, group_in),
+        weight.astype(dtype).reshape(kh * kw, group_in, groups, c_out // groups),
+        precision=precision,
+    ).reshape(*samples.shape[:3], c_out)
+    if bias is not None:
+        y = y + bias.astype(dtype)
+    return y.astype(x.dtype)
+
+
+def deform_conv2d_backward(
+    grad_y: jax.Array,  # (N, H_out, W_out, C_out)
+    x: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array | None,
+    weight: jax.Array,
+    *,
+    geometry: Geometry,
+    precision: lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """The gradients of `deform_conv2d` with respect to x, offset, mask and weight, each with its operand's dtype."""
+
+    def forward(x, offset, mask, weight):
+        return deform_conv2d(x, offset, mask, weight, None, geometry=geometry, precision=precision)
+
+    _, vjp = jax.vjp(forward, x, offset, mask, weight)
+    return vjp(grad_y)
