@@ -1,0 +1,66 @@
+// The choice of an instruction set at run time.
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace jax_dcn {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+const Kernels* const* BuiltKernels() {
+  static const Kernels* const kBuilt[] = {
+      &baseline::kKernels,
+#if defined(__x86_64__)
+      &avx2::kKernels,
+      &avx512::kKernels,
+#endif
+      nullptr,
+  };
+  return kBuilt;
+}
+
+namespace {
+
+bool Runs(const char* name) {
+#if defined(__x86_64__)
+  // Every processor with AVX2 has F16C.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (std::strcmp(name, "avx2") == 0) return avx2;
+  if (std::strcmp(name, "avx512") == 0) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return std::strcmp(name, "baseline") == 0;
+}
+
+const Kernels* Choose() {
+  const char* asked = std::getenv("JAX_DCN_CPU_ISA");
+  const Kernels* best = nullptr;
+  for (const Kernels* const* kernels = BuiltKernels(); *kernels != nullptr; ++kernels) {
+    const char* name = (*kernels)->name;
+    if ((asked == nullptr || std::strcmp(name, asked) == 0) && Runs(name)) best = *kernels;
+  }
+  return best;
+}
+
+}  // namespace
+
+const Kernels* ChosenKernels() {
+  static const Kernels* const chosen = Choose();
+  return chosen;
+}
+
+}  // namespace jax_dcn

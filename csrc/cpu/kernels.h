@@ -1,0 +1,54 @@
+// The CPU kernels of deformable convolution, forward and backward. Arrays are dense and NHWC:
+//
+//   x       (batch, height, width, c_in)
+//   offset  (batch, h_out, w_out, deform_groups * taps * 2)
+//   mask    (batch, h_out, w_out, deform_groups * taps)
+//   weight  (kernel_h, kernel_w, c_in / groups, c_out)
+//   bias    (c_out)
+//   y       (batch, h_out, w_out, c_out)
+//
+// x, weight, bias and y are of one type, offset and mask of any. Coordinates and sums are float, double for double.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../geometry.h"
+#include "workers.h"
+
+namespace jax_dcn {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct Array {
+  void* data = nullptr;  // null: the array is not given, or not wanted
+  DType dtype = DType::kFloat32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct ForwardArrays {
+  Array x, offset, mask, weight, bias;
+  Array y;
+};
+
+// grad_x and grad_weight are of the type of the sums, grad_offset and grad_mask of offset's and mask's.
+struct BackwardArrays {
+  Array grad_y, x, offset, mask, weight;
+  Array grad_x, grad_offset, grad_mask, grad_weight;
+};
+
+// One instruction set's kernels. They return false if there was no memory for their work space.
+struct Kernels {
+  const char* name;
+  bool (*forward)(const Geometry&, const ForwardArrays&, Workers&);
+  bool (*backward)(const Geometry&, const BackwardArrays&, Workers&);
+};
+
+// The instruction sets built in, worst first, ended by a null pointer.
+const Kernels* const* BuiltKernels();
+
+// The best that this processor runs, or the one that JAX_DCN_CPU_ISA names; null if it names none that runs here.
+const Kernels* ChosenKernels();
+
+}  // namespace jax_dcn

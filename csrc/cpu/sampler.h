@@ -1,0 +1,109 @@
+// Sampling of a slice of channels over a tile of pixels, block of taps by block of taps.
+
+#pragma once
+
+#include "partition.h"
+#include "tile.h"
+
+namespace jax_dcn {
+namespace JAX_DCN_TARGET {
+
+template <class T>
+class Sampler {
+ public:
+  using Real = Accumulation<T>;
+
+  Sampler(const Geometry& g, const Array& x, const Array& offset, const Array& mask, const Slices& slices)
+      : g_(g),
+        x_(x),
+        offset_(offset),
+        mask_(mask),
+        max_channels_(slices.max_channels()),
+        max_deform_groups_(Min(g.deform_groups, CeilDiv(slices.max_channels(), g.deform_in()) + 1)) {}
+
+  // A thread's work space.
+  struct Scratch {
+    Scratch(const Sampler& s, Carver& carver)
+        : tile(carver.Take<Tile<Real>>(1)),
+          tap(carver.Take<Tap<Real>>(1)),
+          sums(carver.Take<Real[kTileRows]>(kCorners)),
+          offset(carver.Take<Real>(s.max_deform_groups_ * s.g_.taps() * 2 * kTileRows)),
+          mask(carver.Take<Real>(s.max_deform_groups_ * s.g_.taps() * kTileRows)),
+          zeros(carver.Take<T>(s.max_channels_)),
+          spill(carver.Take<Real>(s.max_channels_)) {}
+
+    Tile<Real>* tile;
+    Tap<Real>* tap;
+    Real (*sums)[kTileRows];
+    Real* offset;  // (deform groups of a slice, taps, 2, kTileRows)
+    Real* mask;    // (deform groups of a slice, taps, kTileRows)
+    T* zeros;
+    Real* spill;
+  };
+
+  // The deform groups that a slice touches.
+  Range DeformGroups(const Slice& slice) const {
+    return {slice.begin / g_.deform_in(), (slice.end - 1) / g_.deform_in() + 1};
+  }
+  int64_t max_deform_groups() const { return max_deform_groups_; }
+
+  void StartTile(Range pixels, const Scratch& space) const {
+    FillTile(g_, pixels.begin, static_cast<int>(pixels.size()), *space.tile);
+    for (int64_t c = 0; c < max_channels_; ++c) {
+      space.zeros[c] = T{};
+      space.spill[c] = 0;
+    }
+  }
+
+  void StartSlice(const Slice& slice, const Scratch& space) const {
+    const Range groups = DeformGroups(slice);
+    const int64_t channels = g_.deform_groups * g_.taps();
+    const int64_t first = groups.begin * g_.taps();
+    const int64_t count = groups.size() * g_.taps();
+    LoadChannels(offset_, *space.tile, channels * 2, first * 2, count * 2, space.offset);
+    if (mask_) LoadChannels(mask_, *space.tile, channels, first, count, space.mask);
+  }
+
+  // Visits the taps of a block: see VisitTap. samples and grad_samples are (pixels, taps, channels of the slice).
+  // After each visit calls after(tap index, deform group, tap), with the sums in the work space.
+  template <bool kSamples, bool kSums, bool kGradImage, class After>
+  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, Real* samples, const Real* grad_samples,
+                  Real* grad_image, After after) const {
+    const Range groups = DeformGroups(slice);
+    for (int64_t t = taps.begin; t < taps.end; ++t) {
+      for (int64_t d = groups.begin; d < groups.end; ++d) {
+        const int64_t i = (d - groups.begin) * g_.taps() + t;
+        const Real* dy = space.offset + i * 2 * kTileRows;
+        const Real* mask = mask_ ? space.mask + i * kTileRows : nullptr;
+        FillTap(g_, *space.tile, t, dy, dy + kTileRows, mask, *space.tap);
+
+        const int64_t begin = Max(slice.begin, d * g_.deform_in());
+        const int64_t column = (t - taps.begin) * slice.channels() + begin - slice.begin;
+        Visit<T> visit;
+        visit.channels = Min(slice.end, (d + 1) * g_.deform_in()) - begin;
+        visit.c_in = g_.c_in;
+        visit.row_stride = taps.size() * slice.channels();
+        visit.image = static_cast<const T*>(x_.data) + begin;
+        visit.zeros = space.zeros;
+        visit.samples = kSamples ? samples + column : nullptr;
+        visit.grad_samples = kSums || kGradImage ? grad_samples + column : nullptr;
+        visit.grad_image = kGradImage ? grad_image + begin : nullptr;
+        visit.spill = space.spill;
+        visit.sums = space.sums;
+        VisitTap<T, kSamples, kSums, kGradImage>(*space.tile, *space.tap, visit);
+        after(t, d, *space.tap);
+      }
+    }
+  }
+
+ private:
+  const Geometry& g_;
+  const Array& x_;
+  const Array& offset_;
+  const Array& mask_;
+  const int64_t max_channels_;
+  const int64_t max_deform_groups_;
+};
+
+}  // namespace JAX_DCN_TARGET
+}  // namespace jax_dcn

@@ -1,0 +1,12 @@
+// The handlers that the module offers to XLA.
+
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_dcn {
+
+extern "C" XLA_FFI_Error* DeformConv2dCpu(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* DeformConv2dBackwardCpu(XLA_FFI_CallFrame* call_frame);
+
+}  // namespace jax_dcn

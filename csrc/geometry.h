@@ -1,0 +1,28 @@
+// The sizes of a deformable convolution.
+
+#pragma once
+
+#include <cstdint>
+
+namespace jax_dcn {
+
+struct Geometry {
+  int64_t batch, height, width, c_in;
+  int64_t h_out, w_out, c_out;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups, deform_groups;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t group_in() const { return c_in / groups; }
+  int64_t group_out() const { return c_out / groups; }
+  int64_t deform_in() const { return c_in / deform_groups; }
+  int64_t image() const { return height * width; }           // pixels of one image
+  int64_t image_out() const { return h_out * w_out; }        // output pixels of one image
+  int64_t pixels() const { return batch * image_out(); }     // output pixels of all images
+  int64_t weights() const { return taps() * group_in() * c_out; }
+};
+
+}  // namespace jax_dcn

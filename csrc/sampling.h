@@ -1,0 +1,77 @@
+// The arithmetic of sampling that the CPU and the CUDA kernels must agree on: which samples count, their four
+// corners, weights and derivatives. The definition is that of mmcv's deformable convolution.
+//
+// The CPU kernels are compiled once per instruction set; JAX_DCN_TARGET names the namespace of each copy, so that
+// the linker never takes one instruction set's copy of an inline function for another's.
+
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define JAX_DCN_INLINE __host__ __device__ __forceinline__
+#else
+#define JAX_DCN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace jax_dcn {
+namespace JAX_DCN_TARGET {
+
+// The corners in the order of all arrays of four: (y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1).
+inline constexpr int kCorners = 4;
+
+template <class Real>
+struct Sample {
+  Real ly, lx;                // distance from corner 0, in [0, 1)
+  Real weight[kCorners];      // bilinear
+  int32_t corner[kCorners];   // pixel index in the image, -1 where the corner is outside
+  bool valid;                 // an invalid sample is 0, with all corners outside
+};
+
+// The sample at (y, x) of an image of `height` by `width`. The range test stands before the conversion to integer,
+// and is false for NaN, so that no coordinate can make an address.
+template <class Real>
+JAX_DCN_INLINE Sample<Real> Locate(Real y, Real x, int32_t height, int32_t width) {
+  Sample<Real> s;
+  s.valid = (y > Real(-1)) & (x > Real(-1)) & (y < static_cast<Real>(height)) & (x < static_cast<Real>(width));
+  y = s.valid ? y : Real(0);
+  x = s.valid ? x : Real(0);
+  // Floor by truncation: the conversion vectorises on every instruction set, floor() does not.
+  int32_t y0 = static_cast<int32_t>(y);
+  int32_t x0 = static_cast<int32_t>(x);
+  y0 -= static_cast<Real>(y0) > y;
+  x0 -= static_cast<Real>(x0) > x;
+  s.ly = y - static_cast<Real>(y0);
+  s.lx = x - static_cast<Real>(x0);
+  const Real hy = Real(1) - s.ly;
+  const Real hx = Real(1) - s.lx;
+  s.weight[0] = hy * hx;
+  s.weight[1] = hy * s.lx;
+  s.weight[2] = s.ly * hx;
+  s.weight[3] = s.ly * s.lx;
+  const bool top = s.valid & (y0 >= 0);
+  const bool bottom = s.valid & (y0 < height - 1);
+  const bool left = x0 >= 0;
+  const bool right = x0 < width - 1;
+  const int32_t index = y0 * width + x0;
+  s.corner[0] = (top & left) ? index : -1;
+  s.corner[1] = (top & right) ? index + 1 : -1;
+  s.corner[2] = (bottom & left) ? index + width : -1;
+  s.corner[3] = (bottom & right) ? index + width + 1 : -1;
+  return s;
+}
+
+// The derivatives of the interpolation with respect to y and x, given the corner values, or any linear function of
+// them. On lattice points they are the right-hand ones.
+template <class Real>
+JAX_DCN_INLINE Real DerivativeY(const Real value[kCorners], Real lx) {
+  return (value[2] - value[0]) * (Real(1) - lx) + (value[3] - value[1]) * lx;
+}
+
+template <class Real>
+JAX_DCN_INLINE Real DerivativeX(const Real value[kCorners], Real ly) {
+  return (value[1] - value[0]) * (Real(1) - ly) + (value[3] - value[2]) * ly;
+}
+
+}  // namespace JAX_DCN_TARGET
+}  // namespace jax_dcn
