@@ -1,6 +1,33 @@
 """Deformable convolution for JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jax_dcn.functional import deform_conv2d as deform_conv2d
 from jax_dcn.functional import modulated_deform_conv2d as modulated_deform_conv2d
 from jax_dcn.native import show_config as show_config
 from jax_dcn.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from jax_dcn import linen as linen
+    from jax_dcn import nnx as nnx
+    from jax_dcn.linen import DeformConv2d as DeformConv2d
+    from jax_dcn.linen import DeformConv2dPack as DeformConv2dPack
+    from jax_dcn.linen import ModulatedDeformConv2d as ModulatedDeformConv2d
+    from jax_dcn.linen import ModulatedDeformConv2dPack as ModulatedDeformConv2dPack
+
+# Imported when first used, because they need Flax, which is optional.
+_FLAX_MODULES = ("linen", "nnx")
+_LAYERS = ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FLAX_MODULES:
+        return importlib.import_module(f"jax_dcn.{name}")
+    if name in _LAYERS:
+        return getattr(importlib.import_module("jax_dcn.linen"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FLAX_MODULES, *_LAYERS})

@@ -176,22 +176,16 @@ def _differentiable(call: _Call, x, offset, mask, weight, bias):
 def _forward(call: _Call, x, offset, mask, weight, bias):
     operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
-    values = [operand if operand is None else operand.value for operand in operands.values()]
-    return _differentiable(call, *values), (values, _Perturbed(perturbed))
+    x, offset, mask, weight, bias = (operand if operand is None else operand.value for operand in operands.values())
+    return _differentiable(call, x, offset, mask, weight, bias), (x, offset, mask, weight, _Perturbed(perturbed))
 
 
 def _backward(call: _Call, residuals, grad_y):
-    (x, offset, mask, weight, bias), perturbed = residuals
-    names = ("x", "offset", "mask", "weight", "bias")
-    if isinstance(grad_y, SymbolicZero):
-        return (None,) * len(names)
-    wanted = tuple(name for name in names[:-1] if name in perturbed.names)
+    *operands, perturbed = residuals
     gradients = {}
-    if wanted:
-        gradients = primitives.deform_conv2d_backward(grad_y, x, offset, mask, weight, wanted=wanted, **vars(call))
-    if "bias" in perturbed.names:
-        gradients["bias"] = grad_y.sum((0, 1, 2), dtype=jnp.promote_types(bias.dtype, jnp.float32)).astype(bias.dtype)
-    return tuple(gradients.get(name) for name in names)
+    if perturbed.names and not isinstance(grad_y, SymbolicZero):
+        gradients = primitives.deform_conv2d_backward(grad_y, *operands, wanted=perturbed.names, **vars(call))
+    return tuple(gradients.get(name) for name in ("x", "offset", "mask", "weight", "bias"))
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -14,6 +14,10 @@ import jax
 from jax_dcn import native, reference
 
 
+# The gradients of the backward primitive, in the order of its results.
+GRADIENTS = ("x", "offset", "mask", "weight", "bias")
+
+
 def _deform_conv2d_xla(*operands, names, **params):
     given = dict(zip(names, operands, strict=True))
     return [
@@ -34,21 +38,22 @@ def _deform_conv2d_backward_xla(*operands, names, wanted, **params):
     gradients = reference.deform_conv2d_backward(
         given["grad_y"], given["x"], given["offset"], given.get("mask"), given["weight"], **params
     )
-    gradients = dict(zip(("x", "offset", "mask", "weight"), gradients, strict=True))
+    gradients = dict(zip(GRADIENTS, gradients, strict=True))
     return [gradients[name] for name in wanted]
 
 
 def _deform_conv2d_backward_cpu(*operands, names, geometry, precision, wanted):
     given = dict(zip(names, operands, strict=True))
-    # Gradients that many samples add to come back in the dtype of their sums.
+    shapes = {name: operand.shape for name, operand in given.items()} | {"bias": given["weight"].shape[3:]}
+    dtypes = {name: operand.dtype for name, operand in given.items()} | {"bias": given["x"].dtype}
+    # Gradients of one value per pixel have its dtype, those that many samples add to come in the dtype of their sums.
     summed = reference.accumulation_dtype(given["x"].dtype)
     results = [
-        jax.ShapeDtypeStruct(given[name].shape, summed if name in ("x", "weight") else given[name].dtype)
-        for name in wanted
+        jax.ShapeDtypeStruct(shapes[name], dtypes[name] if name in ("offset", "mask") else summed) for name in wanted
     ]
-    wanted_flags = {f"grad_{name}": name in wanted for name in ("x", "offset", "mask", "weight")}
-    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, geometry, **wanted_flags)
-    return [gradient.astype(given[name].dtype) for name, gradient in zip(wanted, gradients, strict=True)]
+    flags = {f"grad_{name}": name in wanted for name in GRADIENTS}
+    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, geometry, **flags)
+    return [gradient.astype(dtypes[name]) for name, gradient in zip(wanted, gradients, strict=True)]
 
 
 def _choose(xla: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ DEFORM_CONV2D = "jax_dcn_deform_conv2d"
 DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 
 try:
-    from jax_dcn import _native
+    _native = importlib.import_module("jax_dcn._native")
 except ImportError as error:
     _native = None
     MISSING: str | None = str(error)

@@ -73,7 +73,7 @@ def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[
         results = jax.eval_shape(functools.partial(primitive.bind, **params), *example)
         return [jnp.zeros((0, *result.shape), result.dtype) for result in results], [0] * len(results)
 
-    if mapped.keys() <= _PER_IMAGE and "weight" not in params.get("wanted", ()):
+    if mapped.keys() <= _PER_IMAGE >= set(params.get("wanted", ())):
         # Nothing sums over the images, so the examples are more images.
         folded = [
             _fold(operand, axis, size, 0) if name in _PER_IMAGE else operand
@@ -94,7 +94,7 @@ def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[
     # The examples are more groups.
     folded = [_fold(operand, axis, size, -1) for operand, axis in zip(operands, axes, strict=True)]
     results = primitive.bind(*folded, **dict(params, geometry=geometry.repeat_groups(size)))
-    return [_unfold(result, size, 3) for result in results], [3] * len(results)
+    return [_unfold(result, size, result.ndim - 1) for result in results], [result.ndim - 1 for result in results]
 
 
 # --- deform_conv2d ---
@@ -129,7 +129,7 @@ def deform_conv2d_backward(
     mask: jax.Array | None,
     weight: jax.Array,
     *,
-    wanted: tuple[str, ...],  # of "x", "offset", "mask", "weight"
+    wanted: tuple[str, ...],  # of lowering.GRADIENTS, in that order
     **params: Any,
 ) -> dict[str, jax.Array]:  # the gradients by the names in `wanted`, each of its operand's shape and dtype
     names, operands = _present(grad_y=grad_y, x=x, offset=offset, mask=mask, weight=weight)
@@ -139,6 +139,7 @@ def deform_conv2d_backward(
 
 def _deform_conv2d_backward_abstract(*operands, names, wanted, **params):
     aval = dict(zip(names, operands, strict=True))
+    aval["bias"] = aval["weight"].update(shape=aval["weight"].shape[3:])
     return [aval[name].update(weak_type=False) for name in wanted]
 
 

@@ -6,6 +6,8 @@ tests. It gathers the four corners of every sample, so it stores N * H_out * W_o
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -61,6 +63,7 @@ def sample(
     y_low, x_low = y_low.astype(jnp.int32), x_low.astype(jnp.int32)
 
     out = y.shape  # (N, H_out, W_out, kh*kw, deform_groups)
+    samples_per_group = math.prod(out[1:4])
     rows_at = jax.vmap(
         jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
     )
@@ -68,8 +71,8 @@ def sample(
     def corner(dy: int, dx: int, weight: jax.Array) -> jax.Array:
         row, column = y_low + dy, x_low + dx
         inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        index = jnp.where(inside, row * width + column, 0).reshape(n, -1, geometry.deform_groups)
-        value = rows_at(image, index).reshape(*out, -1)
+        index = jnp.where(inside, row * width + column, 0)
+        value = rows_at(image, index.reshape(n, samples_per_group, out[4])).reshape(*out, image.shape[-1])
         return jnp.where(inside[..., None], value, 0) * weight[..., None]
 
     samples = (
@@ -121,11 +124,12 @@ def deform_conv2d_backward(
     *,
     geometry: Geometry,
     precision: lax.PrecisionLike = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """The gradients of `deform_conv2d` with respect to x, offset, mask and weight, each with its operand's dtype."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """The gradients of `deform_conv2d` with respect to x, offset, mask, weight and bias, of their dtypes."""
 
     def forward(x, offset, mask, weight):
         return deform_conv2d(x, offset, mask, weight, None, geometry=geometry, precision=precision)
 
     _, vjp = jax.vjp(forward, x, offset, mask, weight)
-    return vjp(grad_y)
+    grad_bias = grad_y.sum((0, 1, 2), dtype=accumulation_dtype(x.dtype)).astype(x.dtype)
+    return *vjp(grad_y), grad_bias

@@ -4,11 +4,12 @@
 // added to by two threads and the order of every sum is fixed. Tile by tile, a slice multiplies grad_y with the
 // transposed weight, which gives the gradients of its samples; one pass over the samples adds to grad_x, sums what
 // the gradients of offset and mask need, and samples again; and the product of these samples with grad_y is added to
-// grad_weight.
+// grad_weight. The first slice of a group also sums grad_y for grad_bias.
 //
 // The gradients of offset and mask are sums over all slices. They are taken band of tiles by band of tiles, in the
 // order of the slices, so that what the slices leave for one another stays small. Where there are few slices the
-// images are shared out too, each chunk of them with its own sums of grad_weight, which are added up at the end.
+// images are shared out too, each chunk of them with its own sums of grad_weight and grad_bias, which are added up at
+// the end.
 
 #pragma once
 
@@ -40,6 +41,7 @@ class Backward {
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) {
       if (arrays_.grad_weight) Zero(static_cast<Real*>(arrays_.grad_weight.data), g_.weights());
+      if (arrays_.grad_bias) Zero(static_cast<Real*>(arrays_.grad_bias.data), g_.c_out);
       return true;
     }
     Carver counter;
@@ -71,8 +73,15 @@ class Backward {
         ParallelFor(workers, chunks_ * band.size(), reduce);
       }
     }
-    if (arrays_.grad_weight && chunks_ > 1) {
-      const auto add = [&](int, int64_t i) { AddChunks(Range::Piece(g_.weights(), kAddTasks, i), shared); };
+    if (chunks_ > 1) {
+      const auto add = [&](int, int64_t i) {
+        if (arrays_.grad_weight) {
+          AddChunks(shared.grad_weights, g_.weights(), Range::Piece(g_.weights(), kAddTasks, i), arrays_.grad_weight);
+        }
+        if (arrays_.grad_bias) {
+          AddChunks(shared.grad_biases, g_.c_out, Range::Piece(g_.c_out, kAddTasks, i), arrays_.grad_bias);
+        }
+      };
       ParallelFor(workers, kAddTasks, add);
     }
     return true;
@@ -96,11 +105,13 @@ class Backward {
     Shared(const Backward& b, Carver& carver)
         : weights(carver.Take<Real>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
           parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
-          grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - 1) * b.g_.weights() : 0)) {}
+          grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - 1) * b.g_.weights() : 0)),
+          grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {}
 
     Real* weights;       // (slice, block of taps): the transposed weights, packed
     Real* parts;         // (chunk, slice, tile of the band, deform group, tap, kParts, kTileRows)
     Real* grad_weights;  // (chunk but the first, weights)
+    Real* grad_biases;   // (chunk but the first, c_out)
   };
 
   // A thread's work space.
@@ -205,6 +216,10 @@ class Backward {
       sampler_.StartTile(pixels, space.sampler);
       sampler_.StartSlice(slice, space.sampler);
       PackGradY(slice, pixels, space);
+      if (arrays_.grad_bias && slice.group_begin == 0) {
+        SumGradY(slice, pixels.size(), tile > 0, Sums(chunk, arrays_.grad_bias, shared.grad_biases, g_.c_out), space);
+      }
+      if (!want_grad_samples_ && !arrays_.grad_weight) continue;
       Real* parts = nullptr;
       if (want_sums_) {
         parts = shared.parts +
@@ -218,9 +233,8 @@ class Backward {
         }
         VisitBlock(slice, taps, parts, space);
         if (arrays_.grad_weight) {
-          Real* grad_weight = chunk == 0 ? static_cast<Real*>(arrays_.grad_weight.data)
-                                         : shared.grad_weights + (chunk - 1) * g_.weights();
-          MultiplySamples(slice, taps, pixels.size(), tile > 0, grad_weight, space);
+          MultiplySamples(slice, taps, pixels.size(), tile > 0,
+                          Sums(chunk, arrays_.grad_weight, shared.grad_weights, g_.weights()), space);
         }
       }
     }
@@ -237,6 +251,26 @@ class Backward {
                       (slice.first_group + group) * g_.group_out();
       PackRows(from, g_.c_out, pixels.size(), g_.group_out(), pixels.size(), 0,
                space.grad_y + group * kTileRows * padded_out_);
+    }
+  }
+
+  // Where a chunk adds up its part of a gradient of `size`.
+  static Real* Sums(int64_t chunk, const Array& result, Real* others, int64_t size) {
+    return chunk == 0 ? static_cast<Real*>(result.data) : others + (chunk - 1) * size;
+  }
+
+  // grad_bias (+)= the sum of grad_y's rows
+  void SumGradY(const Slice& slice, int64_t rows, bool accumulate, Real* grad_bias, const Scratch& space) const {
+    const int64_t width = PanelWidth<Real>(g_.group_out());
+    for (int64_t group = 0; group < slice.groups; ++group) {
+      const Real* panel = space.grad_y + group * kTileRows * padded_out_;
+      Real* out = grad_bias + (slice.first_group + group) * g_.group_out();
+      for (int64_t o = 0; o < g_.group_out(); ++o) {
+        const Real* column = panel + o / width * rows * width + o % width;
+        Real sum = 0;
+        for (int64_t p = 0; p < rows; ++p) sum += column[p * width];
+        out[o] = accumulate ? out[o] + sum : sum;
+      }
     }
   }
 
@@ -347,11 +381,10 @@ class Backward {
     }
   }
 
-  void AddChunks(Range weights, const Shared& shared) const {
-    Real* total = static_cast<Real*>(arrays_.grad_weight.data);
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
-      const Real* part = shared.grad_weights + (chunk - 1) * g_.weights();
-      for (int64_t i = weights.begin; i < weights.end; ++i) total[i] += part[i];
+  void AddChunks(const Real* others, int64_t size, Range range, const Array& result) const {
+    Real* total = static_cast<Real*>(result.data);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk, others += size) {
+      for (int64_t i = range.begin; i < range.end; ++i) total[i] += others[i];
     }
   }
 

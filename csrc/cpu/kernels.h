@@ -32,10 +32,10 @@ struct ForwardArrays {
   Array y;
 };
 
-// grad_x and grad_weight are of the type of the sums, grad_offset and grad_mask of offset's and mask's.
+// grad_x, grad_weight and grad_bias are of the type of the sums, grad_offset and grad_mask of offset's and mask's.
 struct BackwardArrays {
   Array grad_y, x, offset, mask, weight;
-  Array grad_x, grad_offset, grad_mask, grad_weight;
+  Array grad_x, grad_offset, grad_mask, grad_weight, grad_bias;
 };
 
 // One instruction set's kernels. They return false if there was no memory for their work space.

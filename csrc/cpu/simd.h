@@ -84,10 +84,11 @@ JAX_DCN_SIMD float ToReal(BFloat16 v) { return BitCast<float>(static_cast<uint32
 JAX_DCN_SIMD float ToReal(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t magnitude = v.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return BitCast<float>(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));
-  // Scaling by 2^112 moves the exponent from float16's bias to float's and normalises subnormals.
-  const float scaled = BitCast<float>(magnitude << 13) * 0x1p112f;
-  return BitCast<float>(sign | BitCast<uint32_t>(scaled));
+  uint32_t bits = (magnitude << 13) + 0x38000000;  // from float16's exponent bias to float's
+  if (magnitude >= 0x7c00) bits += 0x38000000;      // infinite or NaN
+  // Subnormal, a multiple of 2^-24. By way of an integer, because XLA's threads take subnormal floats for 0.
+  if (magnitude < 0x0400) bits = BitCast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return BitCast<float>(sign | bits);
 }
 
 template <class T>

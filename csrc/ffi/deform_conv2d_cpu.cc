@@ -165,7 +165,8 @@ ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer o
 ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
                                 ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets gradients,
                                 Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
-                                bool has_mask, bool grad_x, bool grad_offset, bool grad_mask, bool grad_weight) {
+                                bool has_mask, bool grad_x, bool grad_offset, bool grad_mask, bool grad_weight,
+                                bool grad_bias) {
   Checker check;
   const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups});
   if (!check.ok()) return check.error();
@@ -196,6 +197,7 @@ ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi
   if (grad_offset) arrays.grad_offset = result("grad_offset", offset_shape, arrays.offset.dtype);
   if (grad_mask) arrays.grad_mask = result("grad_mask", mask_shape, arrays.mask.dtype);
   if (grad_weight) arrays.grad_weight = result("grad_weight", weight_shape, sum_dtype);
+  if (grad_bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
   return check.ok() ? Run(&Kernels::backward, g, arrays, pool) : check.error();
 }
 
@@ -234,6 +236,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCpu, DeformConv2dBackward,
                                   .Attr<bool>("grad_x")
                                   .Attr<bool>("grad_offset")
                                   .Attr<bool>("grad_mask")
-                                  .Attr<bool>("grad_weight"));
+                                  .Attr<bool>("grad_weight")
+                                  .Attr<bool>("grad_bias"));
 
 }  // namespace jax_dcn

@@ -1,0 +1,147 @@
+"""What linen.py and nnx.py share: the arguments of the layers, and all of their work that needs no Flax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import initializers
+from jax.typing import DTypeLike
+
+from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
+from jax_dcn.geometry import Pair, check_data_format, to_count, to_pair
+
+Initializer = initializers.Initializer
+
+
+# Flax's modules bring their own comparison and representation.
+@dataclasses.dataclass(eq=False, repr=False)
+class Layer:
+    """The arguments of every layer, in mmcv's order, then those of Flax's Conv."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int | Pair
+    stride: int | Pair = 1
+    padding: int | Pair = 0
+    dilation: int | Pair = 1
+    groups: int = 1
+    deform_groups: int = 1
+    bias: bool = False
+    _: dataclasses.KW_ONLY
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer = initializers.zeros
+    data_format: str = "NCHW"
+
+    def _check_arguments(self) -> None:
+        """Checks the arguments, and makes pairs of those that may be an int."""
+        name = type(self).__name__
+        for argument in ("in_channels", "out_channels", "groups", "deform_groups"):
+            setattr(self, argument, to_count(name, argument, getattr(self, argument)))
+        for argument, minimum in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            setattr(self, argument, to_pair(name, argument, getattr(self, argument), minimum))
+        for channels, groups in (
+            ("in_channels", "groups"),
+            ("out_channels", "groups"),
+            ("in_channels", "deform_groups"),
+        ):
+            size, divisor = getattr(self, channels), getattr(self, groups)
+            if size % divisor:
+                raise ValueError(f"{name}: {channels} ({size}) must be a multiple of {groups} ({divisor})")
+        check_data_format(name, self.data_format)
+
+    @property
+    def _channel_axis(self) -> int:
+        return self.data_format.index("C")
+
+    @property
+    def _kernel_shape(self) -> tuple[int, int, int, int]:
+        return (*self.kernel_size, self.in_channels // self.groups, self.out_channels)
+
+    def _weight(self, kernel: jax.Array) -> jax.Array:
+        """The parameter `kernel` in the order of the functions."""
+        return kernel if self.data_format == "NHWC" else jnp.transpose(kernel, (3, 2, 0, 1))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups", "deform_groups", "data_format", "precision")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def _conv_offset_options(self) -> dict[str, Any]:
+        """Options of the Flax Conv `conv_offset`: zeros at first, whatever the layer's own initialisers are."""
+        return dict(
+            kernel_size=self.kernel_size,
+            strides=self.stride,
+            padding=self.padding,
+            kernel_dilation=self.dilation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=initializers.zeros,
+            bias_init=initializers.zeros,
+        )
+
+    def _run_conv_offset(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        # Flax's Conv takes other ranks too, and its own error would be about its kernel.
+        name, axis = type(self).__name__, self._channel_axis
+        if x.ndim != 4:
+            raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 4, in shape {x.shape}")
+        if x.shape[axis] != self.in_channels:
+            raise ValueError(f"{name}: x has {x.shape[axis]} channels, expected {self.in_channels} = in_channels")
+        return jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class DeformConv2d(Layer):
+    im2col_step: int = 32
+
+    @property
+    def _default_kernel_init(self) -> Initializer:
+        """Uniform, with mmcv's bound sqrt(6 / fan_in)."""
+        return initializers.he_uniform()
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array) -> jax.Array:
+        return deform_conv2d(x, offset, self._weight(kernel), bias=bias, **self._options)
+
+    @property
+    def _conv_offset_channels(self) -> int:
+        return self.deform_groups * math.prod(self.kernel_size) * 2
+
+    def _predict(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array]:
+        """The offset that a Pack computes itself."""
+        return (self._run_conv_offset(conv_offset, x),)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ModulatedDeformConv2d(Layer):
+    bias: bool = True
+
+    @property
+    def _default_kernel_init(self) -> Initializer:
+        """Uniform, with mmcv's bound 1 / sqrt(in_channels * kh * kw), which `groups` does not change."""
+        # variance_scaling's bound is sqrt(3 * scale / fan_in), where fan_in is in_channels / groups * kh * kw.
+        return initializers.variance_scaling(1 / (3 * self.groups), "fan_in", "uniform")
+
+    def _convolve(
+        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        return modulated_deform_conv2d(x, offset, mask, self._weight(kernel), bias, **self._options)
+
+    @property
+    def _conv_offset_channels(self) -> int:
+        return self.deform_groups * math.prod(self.kernel_size) * 3
+
+    def _predict(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The offset and the mask that a Pack computes itself."""
+        out = self._run_conv_offset(conv_offset, x)
+        offset, mask = jnp.split(out, [self._conv_offset_channels // 3 * 2], self._channel_axis)
+        return offset, jax.nn.sigmoid(mask)

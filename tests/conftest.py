@@ -1,0 +1,38 @@
+"""Settings and fixtures of the whole suite.
+
+The library reads JAX_DCN_IMPLEMENTATION while a function is traced, and JAX keeps traces by the identity of the
+Python function. So a test that uses the `implementation` fixture must jit a function of its own, never one that
+lives longer than the test.
+"""
+
+import os
+
+# Nearly all of the time goes into compiling small programs, which XLA's optimisations double.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax
+import pytest
+
+from jax_dcn import native
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(params=["native", "xla"])
+def implementation(request, monkeypatch):
+    """Runs a test on the native kernels and on plain XLA.
+
+    A missing native module fails the native leg. JAX_DCN_TEST_ALLOW_MISSING_NATIVE=1 skips it instead.
+    """
+    if request.param == "native" and native.MISSING is not None:
+        reason = f"the native module could not be loaded: {native.MISSING}"
+        if os.environ.get("JAX_DCN_TEST_ALLOW_MISSING_NATIVE") == "1":
+            pytest.skip(reason)
+        pytest.fail(reason)
+    monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["NCHW", "NHWC"])
+def data_format(request):
+    return request.param

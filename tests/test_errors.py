@@ -1,0 +1,181 @@
+"""Wrong use raises TypeError or ValueError while tracing, and says what was expected and what came."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_dcn
+
+FUNCTIONS = (jax_dcn.deform_conv2d, jax_dcn.modulated_deform_conv2d)
+
+
+def valid_shapes():
+    return {
+        "x": (2, 6, 7, 8),
+        "offset": (2, 36, 3, 8),
+        "mask": (2, 18, 3, 8),
+        "weight": (4, 3, 3, 2),
+        "bias": (4,),
+    }
+
+
+ARGUMENTS = {"stride": (2, 1), "padding": (1, 1), "dilation": (2, 2), "groups": 2, "deform_groups": 3}
+
+
+def to_format(name, shape, data_format):
+    if data_format == "NCHW" or len(shape) != 4:
+        return shape
+    a, b, c, d = shape
+    return (c, d, b, a) if name == "weight" else (a, c, d, b)
+
+
+def trace(function, data_format="NCHW", *, dtypes=None, **changes):
+    """Traces a call that is valid but for `changes`: shapes, NCHW, by operand and values by argument."""
+    operands = {}
+    for name, shape in valid_shapes().items():
+        shape = to_format(name, changes.pop(name, shape), data_format)
+        operands[name] = jax.ShapeDtypeStruct(shape, (dtypes or {}).get(name, jnp.float32))
+    arguments = {"data_format": data_format, **ARGUMENTS, **changes}
+    return jax.eval_shape(lambda operands: function(**operands, **arguments), operands)
+
+
+# What changes, and the message behind the function's name.
+SHAPES = [
+    ({"x": (2, 6, 7)}, "x has 3 dimensions, expected 4"),
+    ({"offset": (36, 3, 8)}, "offset has 3 dimensions, expected 4"),
+    ({"mask": (2, 18, 3, 8, 1)}, "mask has 5 dimensions, expected 4"),
+    ({"weight": (4, 3)}, "weight has 2 dimensions, expected 4"),
+    ({"bias": (4, 1)}, "bias has 2 dimensions, expected 1"),
+    ({"offset": (1, 36, 3, 8)}, "offset has batch size 1, expected x's, 2"),
+    ({"offset": (2, 18, 3, 8)}, "offset has 18 channels, expected 36 = deform_groups (3) * kernel 3 * 2 * 2"),
+    ({"offset": (2, 36, 8, 3)}, "offset has spatial size 8 x 3, expected that of the output, 3 x 8"),
+    ({"mask": (0, 18, 3, 8)}, "mask has batch size 0, expected x's, 2"),
+    ({"mask": (2, 36, 3, 8)}, "mask has 36 channels, expected 18 = deform_groups (3) * kernel 3 * 2"),
+    ({"mask": (2, 18, 3, 7)}, "mask has spatial size 3 x 7, expected that of the output, 3 x 8"),
+    ({"groups": 4}, "C_in (6) must be a positive multiple of groups (4)"),
+    ({"groups": 3}, "C_out (4) must be a positive multiple of groups (3)"),
+    ({"x": (2, 0, 7, 8)}, "C_in (0) must be a positive multiple of groups (2)"),
+    ({"weight": (0, 3, 3, 2)}, "C_out (0) must be a positive multiple of groups (2)"),
+    ({"deform_groups": 4}, "C_in (6) must be a multiple of deform_groups (4)"),
+    ({"weight": (4, 6, 3, 2)}, "weight has 6 input channels, expected 3 = C_in (6) / groups (2)"),
+    ({"weight": (4, 3, 0, 2)}, "weight has an empty kernel"),
+    ({"bias": (3,)}, "bias has shape (3,), expected (4,) = (C_out,)"),
+    ({"x": (2, 6, 0, 8)}, "x has no pixels, its spatial size is 0 x 8"),
+    ({"x": (2, 6, 2, 8)}, "the output would have no pixels, its size would be 0 x 8 for an input of 2 x 8"),
+]
+
+ARGUMENT_VALUES = [
+    ({"stride": (0, 1)}, ValueError, "stride must be at least 1, got (0, 1)"),
+    ({"stride": (1, 2, 3)}, ValueError, "stride must be an integer or a pair (height, width), got (1, 2, 3)"),
+    ({"stride": 2.0}, TypeError, "stride must be an integer, got 2.0"),
+    ({"stride": (1, "2")}, TypeError, "stride must be an integer, got '2'"),
+    ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+    ({"padding": "SAME"}, TypeError, "padding must be an integer, got 'SAME'"),
+    ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+    ({"dilation": True}, TypeError, "dilation must be an integer, got True"),
+    ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+    ({"groups": 1.5}, TypeError, "groups must be an integer, got 1.5"),
+    ({"deform_groups": -3}, ValueError, "deform_groups must be at least 1, got -3"),
+    ({"deform_groups": (3,)}, TypeError, "deform_groups must be an integer, got (3,)"),
+]
+
+both_functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+
+
+def raises(function, exception, message):
+    return pytest.raises(exception, match="^" + re.escape(f"{function.__name__}: {message}"))
+
+
+@both_functions
+def test_valid_call_is_valid(function, data_format):
+    """So that every other call fails for its own reason."""
+    y = trace(function, data_format)
+    assert y.shape == to_format("y", (2, 4, 3, 8), data_format)
+
+
+@both_functions
+@pytest.mark.parametrize(("changes", "message"), SHAPES, ids=[message for _, message in SHAPES])
+def test_shape_that_does_not_fit(function, data_format, changes, message):
+    with raises(function, ValueError, message):
+        trace(function, data_format, **changes)
+
+
+@both_functions
+@pytest.mark.parametrize(
+    ("changes", "exception", "message"), ARGUMENT_VALUES, ids=[message for *_, message in ARGUMENT_VALUES]
+)
+def test_argument_out_of_range_or_of_the_wrong_type(function, data_format, changes, exception, message):
+    with raises(function, exception, message):
+        trace(function, data_format, **changes)
+
+
+@both_functions
+@pytest.mark.parametrize("name", valid_shapes())
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64", "float8_e4m3fn"])
+def test_dtype_that_is_not_supported(function, name, dtype):
+    message = f"{name} has dtype {dtype}, expected one of float32, float64, bfloat16, float16"
+    with raises(function, TypeError, message):
+        trace(function, dtypes={name: jnp.dtype(dtype)})
+
+
+@both_functions
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weight_and_bias_have_the_dtype_of_x(function, name):
+    with raises(function, TypeError, f"{name} has dtype bfloat16, expected x's, float32"):
+        trace(function, dtypes={name: jnp.bfloat16})
+
+
+@both_functions
+@pytest.mark.parametrize("data_format", ["NCWH", "nhwc", "channels_last", None, 1])
+def test_unknown_data_format(function, data_format):
+    with raises(function, ValueError, f"data_format must be one of ('NCHW', 'NHWC'), got {data_format!r}"):
+        trace(function, data_format)
+
+
+@both_functions
+@pytest.mark.parametrize("name", ["x", "offset", "mask", "weight", "bias"])
+def test_operand_that_is_not_an_array(function, name):
+    operands = {name: jnp.ones(shape) for name, shape in valid_shapes().items()}
+    operands[name] = operands[name].tolist()
+    with raises(function, TypeError, f"{name} must be an array, got list"):
+        function(**operands, **ARGUMENTS)
+
+
+def test_modulated_deform_conv2d_needs_a_mask():
+    operands = {name: jnp.ones(shape) for name, shape in valid_shapes().items()} | {"mask": None}
+    with raises(jax_dcn.modulated_deform_conv2d, TypeError, "mask must be an array, got None"):
+        jax_dcn.modulated_deform_conv2d(**operands, **ARGUMENTS)
+
+
+def test_traced_argument(recwarn):
+    """An argument that shapes depend on cannot be an operand of jit."""
+    operands = {name: jnp.ones(shape) for name, shape in valid_shapes().items()}
+    arguments = dict(ARGUMENTS)
+    del arguments["stride"]
+    with raises(jax_dcn.deform_conv2d, TypeError, "stride must be an integer, got "):
+        jax.jit(lambda stride: jax_dcn.deform_conv2d(**operands, stride=stride, **arguments))(2)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad, jax.vmap], ids=["eager", "jit", "grad", "vmap"])
+def test_message_of_the_contract(transform):
+    """The message is complete, and the same under every transformation."""
+
+    def function(x):
+        offset, weight = np.ones((1, 36, 5, 5), np.float32), np.ones((2, 2, 3, 3), np.float32)
+        return jax_dcn.deform_conv2d(x, offset, weight, padding=1).sum()
+
+    x = np.ones((1, 2, 5, 5), np.float32)
+    with pytest.raises(ValueError) as error:
+        transform(function)(x[None] if transform is jax.vmap else x)
+    assert str(error.value) == (
+        "deform_conv2d: offset has 36 channels, expected 18 = deform_groups (1) * kernel 3 * 3 * 2"
+    )
+
+
+def test_unknown_implementation(monkeypatch):
+    monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", "cuda")
+    with pytest.raises(ValueError, match=r"JAX_DCN_IMPLEMENTATION must be one of .*, got 'cuda'"):
+        trace(jax_dcn.deform_conv2d)

@@ -1,0 +1,169 @@
+"""What the native module promises beyond numbers: that it is there, on every instruction set, deterministic, frugal.
+
+These tests run in processes of their own, because threads, instruction set and peak memory belong to a process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_dcn import native
+
+MIB = 2**20
+
+# Operands with several tiles, slices, blocks of taps and chunks of images, then the forward and all gradients of
+# every dtype.
+GRADIENTS = """
+import hashlib, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+import jax_dcn
+
+def gradients(dtype, batch, c_in, c_out, size, groups, deform_groups, kernel):
+    rng = np.random.default_rng(7)
+    taps = kernel * kernel * deform_groups
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    operands = dict(
+        x=draw(batch, size, size + 3, c_in),
+        offset=2 * draw(batch, size, size + 3, taps * 2),
+        mask=draw(batch, size, size + 3, taps),
+        weight=draw(kernel, kernel, c_in // groups, c_out) / np.sqrt(c_in * kernel * kernel / groups).astype(dtype),
+        bias=draw(c_out),
+    )
+    def function(operands):
+        return jax_dcn.deform_conv2d(
+            **operands, padding=kernel // 2, groups=groups, deform_groups=deform_groups, data_format="NHWC")
+    @jax.jit
+    def run(operands, grad_y):
+        y, vjp = jax.vjp(function, operands)
+        return {"y": y, **vjp(grad_y)[0]}
+    return run(operands, draw(batch, size, size + 3, c_out))
+
+CASES = [
+    ("float32", 1, 160, 48, 19, 1, 2, 3), ("float32", 5, 24, 40, 11, 4, 3, 3), ("float32", 3, 34, 34, 12, 17, 17, 3),
+    ("float32", 1, 16, 7, 40, 1, 1, 7), ("float32", 4, 8, 8, 3, 8, 8, 1),
+    ("float64", 5, 42, 23, 11, 1, 3, 3), ("float16", 3, 34, 34, 12, 17, 17, 3), ("bfloat16", 5, 24, 40, 11, 4, 3, 3),
+]
+RESULTS = {f"{i} {case[0]} {name}": value for i, case in enumerate(CASES) for name, value in gradients(*case).items()}
+"""
+
+
+def run_python(code: str, threads: int | None = None, **environment: str) -> str:
+    """Runs code with as many processors as threads are asked for, from a folder without the package."""
+
+    def limit():
+        if threads is not None:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=Path(sys.executable).parent,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_native_module_is_loaded():
+    assert native.MISSING is None
+    assert "baseline" in native._native.cpu_isas()
+
+
+def test_show_config_names_the_kernels(capsys):
+    native.show_config()
+    assert f"kernels for {native._native.cpu_isa()}" in capsys.readouterr().out
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    available = len(os.sched_getaffinity(0))
+    if available < 2:
+        pytest.skip("one processor: there is nothing to compare with")
+    code = GRADIENTS + (
+        "for name, value in RESULTS.items():\n"
+        "    print(name, hashlib.sha256(np.asarray(value).tobytes()).hexdigest())\n"
+    )
+    outputs = {threads: run_python(code, threads) for threads in {1, 2, available}}
+    assert len(outputs[1].splitlines()) == 8 * 6
+    assert len(set(outputs.values())) == 1
+
+
+def saved_gradients(path: Path, **environment: str) -> dict[str, np.ndarray]:
+    code = GRADIENTS + (
+        "np.savez(__import__('os').environ['OUTPUT'], **{k: np.asarray(v, np.float64) for k, v in RESULTS.items()})"
+    )
+    run_python(code, OUTPUT=str(path), **environment)
+    return dict(np.load(path))
+
+
+@pytest.fixture(scope="module")
+def xla_gradients(tmp_path_factory):
+    return saved_gradients(tmp_path_factory.mktemp("xla") / "xla.npz", JAX_DCN_IMPLEMENTATION="xla")
+
+
+@pytest.mark.parametrize("isa", native._native.cpu_isas() if native._native else [])
+def test_every_instruction_set_agrees_with_plain_xla(isa, xla_gradients, tmp_path):
+    chosen = run_python("from jax_dcn import native; print(native._native.cpu_isa())", JAX_DCN_CPU_ISA=isa)
+    if chosen.strip() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    gradients = saved_gradients(tmp_path / "native.npz", JAX_DCN_CPU_ISA=isa)
+    assert gradients.keys() == xla_gradients.keys()
+    # Both sides round a 16-bit result, so they may be a whole spacing apart.
+    tolerances = {"float64": 1e-12, "float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
+    for name, expected in xla_gradients.items():
+        atol = tolerances[name.split()[1]] * np.abs(expected).max()
+        np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=atol, err_msg=name)
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = (
+        "import jax.numpy as jnp, jax, jax_dcn\n"
+        "try:\n"
+        "    jax_dcn.deform_conv2d(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 2, 1, 1)), jnp.ones((1, 1, 1, 1)))\n"
+        "except jax.errors.JaxRuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    assert "JAX_DCN_CPU_ISA names an instruction set that was not built" in run_python(code, JAX_DCN_CPU_ISA="z80")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_memory_is_bounded(direction):
+    """No column buffer: for 128 channels at 180 x 320 it would be 265 MB. 8 MiB per thread are allowed."""
+    code = """
+import os, jax, jax.numpy as jnp, numpy as np, jax_dcn
+
+def kilobytes(key):
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key)))
+
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+operands = dict(x=draw(1, 180, 320, 128), offset=draw(1, 180, 320, 144), mask=draw(1, 180, 320, 72),
+                weight=draw(3, 3, 128, 128))
+grad_y = draw(1, 180, 320, 128)
+
+def forward(operands, grad_y):
+    return jax_dcn.deform_conv2d(**operands, padding=1, deform_groups=8, data_format="NHWC")
+
+def backward(operands, grad_y):
+    return jax.vjp(lambda operands: forward(operands, grad_y), operands)[1](grad_y)
+
+call = jax.jit(DIRECTION).lower(operands, grad_y).compile()
+jax.block_until_ready((operands, grad_y))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is in use
+before = kilobytes("VmRSS")
+results = jax.block_until_ready(call(operands, grad_y))
+outputs = sum(r.nbytes for r in jax.tree.leaves(results))
+print((kilobytes("VmHWM") - before) * 1024 - outputs)
+"""
+    available = len(os.sched_getaffinity(0))
+    for threads in {1, available}:
+        extra = int(run_python(code.replace("DIRECTION", direction), threads))
+        # In a CPU's cache: a packed copy of the weight (0.6 MB) and what the threads work on.
+        assert extra < 8 * MIB * threads, f"{extra / MIB:.1f} MiB on {threads} threads"

@@ -1,0 +1,25 @@
+"""How far a result may be from the exact one."""
+
+import jax.numpy as jnp
+import numpy as np
+
+# Relative to the scale of the result. The 16-bit types are summed in float32, so what is left of them is float32's
+# error and one rounding of the result, half the spacing of the numbers below the scale.
+TOLERANCES = {
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "bfloat16": 2**-8 + 1e-5,
+    "float16": 2**-11 + 1e-5,
+}
+
+
+def assert_close(actual, expected, dtype=None, err_msg=""):
+    """Checks a result against the exact values, which may be wider.
+
+    `dtype` names the tolerance, by default `actual`'s. The error counts relative to max(1, the largest value).
+    """
+    tolerance = TOLERANCES[jnp.dtype(actual.dtype if dtype is None else dtype).name]
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{err_msg}: shape {actual.shape}, expected {expected.shape}"
+    scale = np.abs(expected).max(initial=1)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale, err_msg=err_msg)
