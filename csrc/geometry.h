@@ -19,9 +19,9 @@ struct Geometry {
   int64_t group_in() const { return c_in / groups; }
   int64_t group_out() const { return c_out / groups; }
   int64_t deform_in() const { return c_in / deform_groups; }
-  int64_t image() const { return height * width; }           // pixels of one image
-  int64_t image_out() const { return h_out * w_out; }        // output pixels of one image
-  int64_t pixels() const { return batch * image_out(); }     // output pixels of all images
+  int64_t image() const { return height * width; }        // pixels of one image
+  int64_t image_out() const { return h_out * w_out; }     // output pixels of one image
+  int64_t pixels() const { return batch * image_out(); }  // output pixels of all images
   int64_t weights() const { return taps() * group_in() * c_out; }
 };
 

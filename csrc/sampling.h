@@ -22,10 +22,10 @@ inline constexpr int kCorners = 4;
 
 template <class Real>
 struct Sample {
-  Real ly, lx;                // distance from corner 0, in [0, 1)
-  Real weight[kCorners];      // bilinear
-  int32_t corner[kCorners];   // pixel index in the image, -1 where the corner is outside
-  bool valid;                 // an invalid sample is 0, with all corners outside
+  Real ly, lx;               // distance from corner 0, in [0, 1)
+  Real weight[kCorners];     // bilinear
+  int32_t corner[kCorners];  // pixel index in the image, -1 where the corner is outside
+  bool valid;                // an invalid sample is 0, with all corners outside
 };
 
 // The sample at (y, x) of an image of `height` by `width`. The range test stands before the conversion to integer,

@@ -13,7 +13,6 @@ import jax
 
 from jax_dcn import native, reference
 
-
 # The gradients of the backward primitive, in the order of its results.
 GRADIENTS = ("x", "offset", "mask", "weight", "bias")
 
@@ -56,16 +55,21 @@ def _deform_conv2d_backward_cpu(*operands, names, geometry, precision, wanted):
     return [gradient.astype(dtypes[name]) for name, gradient in zip(wanted, gradients, strict=True)]
 
 
-def _choose(xla: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(*operands, implementation, **params):
-        return (xla if implementation == "xla" else kernel)(*operands, **params)
+def _lowerings(xla: Callable[..., Any], kernels: dict[str, Callable[..., Any]]) -> dict[str | None, Callable[..., Any]]:
+    """The rules by platform, None being every platform without an entry of its own."""
 
-    return rule
+    def choosing(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def rule(*operands, implementation, **params):
+            return (kernel if implementation == "native" else xla)(*operands, **params)
+
+        return rule
+
+    return {platform: choosing(kernel) for platform, kernel in {None: xla, **kernels}.items()}
 
 
-DEFORM_CONV2D = {None: _choose(_deform_conv2d_xla, _deform_conv2d_xla)}
-DEFORM_CONV2D_BACKWARD = {None: _choose(_deform_conv2d_backward_xla, _deform_conv2d_backward_xla)}
+_HAS_CPU = native.MISSING is None
 
-if native.MISSING is None:
-    DEFORM_CONV2D["cpu"] = _choose(_deform_conv2d_xla, _deform_conv2d_cpu)
-    DEFORM_CONV2D_BACKWARD["cpu"] = _choose(_deform_conv2d_backward_xla, _deform_conv2d_backward_cpu)
+DEFORM_CONV2D = _lowerings(_deform_conv2d_xla, {"cpu": _deform_conv2d_cpu} if _HAS_CPU else {})
+DEFORM_CONV2D_BACKWARD = _lowerings(
+    _deform_conv2d_backward_xla, {"cpu": _deform_conv2d_backward_cpu} if _HAS_CPU else {}
+)

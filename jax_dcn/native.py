@@ -6,10 +6,8 @@ import importlib
 import platform
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
@@ -26,8 +24,8 @@ except ImportError as error:
     _native = None
     MISSING: str | None = str(error)
     warnings.warn(
-        f"jax_dcn: the native module could not be loaded ({error}); plain XLA takes its place, which is many "
-        "times slower",
+        f"jax_dcn: the native module could not be loaded ({error}); plain XLA takes its place, which is many times "
+        "slower. A source folder has no native module: start Python elsewhere, or install with pip install -e.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -61,7 +61,7 @@ def loop(case, operands, in_axes, size, cotangents):
         *(("xla", subset) for subset in SUBSETS if len(subset) in (1, 5)),
     ],
     indirect=["implementation"],
-    ids="-".join,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_result_and_gradients_are_the_loops(implementation, subset):
     """In one program: the vmap, the vmap of its gradient (the cotangent not mapped) and the gradient of the vmap."""

@@ -195,8 +195,8 @@ class Backward {
                         (t * g_.group_in() + slice.group_begin) * g_.c_out +
                         (slice.first_group + group) * g_.group_out();
         if (Joined(slice)) {
-          PackTransposed(from, slice.channels(), taps.size() * slice.channels(),
-                         (t - taps.begin) * slice.channels(), packed);
+          PackTransposed(from, slice.channels(), taps.size() * slice.channels(), (t - taps.begin) * slice.channels(),
+                         packed);
         } else {
           PackTransposed(from, slice.group_channels, slice.group_channels, 0, packed);
           packed += PackedSize<Real>(g_.group_out(), slice.group_channels);
@@ -222,8 +222,7 @@ class Backward {
       if (!want_grad_samples_ && !arrays_.grad_weight) continue;
       Real* parts = nullptr;
       if (want_sums_) {
-        parts = shared.parts +
-                ((chunk * slices_.count() + slice_index) * band_ + tile - band.begin) * SlicePart();
+        parts = shared.parts + ((chunk * slices_.count() + slice_index) * band_ + tile - band.begin) * SlicePart();
       }
       for (int64_t block = 0; block < tap_blocks_; ++block) {
         const Range taps = TapBlock(block);
@@ -400,7 +399,7 @@ class Backward {
   const int64_t chunks_;        // of images
   const int64_t tiles_;         // of the largest chunk
   const Sampler<T> sampler_;
-  const int64_t band_;          // tiles of a band
+  const int64_t band_;  // tiles of a band
 };
 
 }  // namespace JAX_DCN_TARGET

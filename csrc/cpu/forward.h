@@ -33,9 +33,7 @@ class Forward {
     if (!packed || !scratch) return false;
     Real* weights = reinterpret_cast<Real*>(packed.data());
 
-    const auto pack = [&](int, int64_t i) {
-      PackBlock(slices_[i / tap_blocks_], TapBlock(i % tap_blocks_), weights);
-    };
+    const auto pack = [&](int, int64_t i) { PackBlock(slices_[i / tap_blocks_], TapBlock(i % tap_blocks_), weights); };
     ParallelFor(workers, slices_.count() * tap_blocks_, pack);
 
     const int64_t tiles = TileCount();
@@ -84,10 +82,10 @@ class Forward {
       const int64_t depth = taps.size() * slice.group_channels;
       Real* packed = weights + PackedAt(slice, taps, group);
       for (int64_t t = taps.begin; t < taps.end; ++t) {
-        const T* rows = weight + (t * g_.group_in() + slice.group_begin) * g_.c_out +
-                        (slice.first_group + group) * g_.group_out();
-        PackRows(rows, g_.c_out, slice.group_channels, g_.group_out(), depth,
-                 (t - taps.begin) * slice.group_channels, packed);
+        const T* rows =
+            weight + (t * g_.group_in() + slice.group_begin) * g_.c_out + (slice.first_group + group) * g_.group_out();
+        PackRows(rows, g_.c_out, slice.group_channels, g_.group_out(), depth, (t - taps.begin) * slice.group_channels,
+                 packed);
       }
     }
   }

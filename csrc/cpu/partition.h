@@ -53,7 +53,7 @@ class Slices {
 
  private:
   int64_t groups_, group_in_;
-  int64_t size_ = 0, pieces_ = 1;   // channels of a slice, slices of a group
+  int64_t size_ = 0, pieces_ = 1;  // channels of a slice, slices of a group
   int64_t groups_per_slice_ = 1;
   int64_t count_;
 };
@@ -105,8 +105,8 @@ class Carver {
 class Memory {
  public:
   explicit Memory(int64_t bytes)
-      : block_(static_cast<char*>(std::aligned_alloc(Carver::kAlignment, static_cast<size_t>(Max<int64_t>(
-                                                                              bytes, Carver::kAlignment))))) {}
+      : block_(static_cast<char*>(
+            std::aligned_alloc(Carver::kAlignment, static_cast<size_t>(Max<int64_t>(bytes, Carver::kAlignment))))) {}
   ~Memory() { std::free(block_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;

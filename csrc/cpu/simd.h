@@ -85,7 +85,7 @@ JAX_DCN_SIMD float ToReal(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t magnitude = v.bits & 0x7fff;
   uint32_t bits = (magnitude << 13) + 0x38000000;  // from float16's exponent bias to float's
-  if (magnitude >= 0x7c00) bits += 0x38000000;      // infinite or NaN
+  if (magnitude >= 0x7c00) bits += 0x38000000;     // infinite or NaN
   // Subnormal, a multiple of 2^-24. By way of an integer, because XLA's threads take subnormal floats for 0.
   if (magnitude < 0x0400) bits = BitCast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return BitCast<float>(sign | bits);

@@ -22,8 +22,8 @@ template <class Real>
 struct Tile {
   int64_t begin;
   int rows;
-  int64_t image[kTileRows];         // index of the first pixel of the pixel's image
-  alignas(64) Real y[kTileRows];    // where tap (0, 0) samples with no offset
+  int64_t image[kTileRows];       // index of the first pixel of the pixel's image
+  alignas(64) Real y[kTileRows];  // where tap (0, 0) samples with no offset
   alignas(64) Real x[kTileRows];
 };
 
@@ -210,8 +210,7 @@ void VisitTap(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap
       }
     };
     for (int64_t c = 0; c < whole; c += lanes) {
-      channels(
-          c, [](const auto* from) { return Load(from); }, [](Real* to, Vector<Real> v) { Store(to, v); });
+      channels(c, [](const auto* from) { return Load(from); }, [](Real* to, Vector<Real> v) { Store(to, v); });
     }
     if (rest != 0) {
       channels(
