@@ -11,8 +11,15 @@ import jax_dcn
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-# Data formats and dtypes do not interact, so pairs of them will do.
+# Dtypes and data formats do not interact, so pairs of them will do.
 dtypes_and_formats = pytest.mark.parametrize(("dtype", "data_format"), [("float64", "NCHW"), ("float32", "NHWC")])
+
+# Plain XLA is the same program for both, and slow to compile.
+implementations_dtypes_and_formats = pytest.mark.parametrize(
+    ("implementation", "dtype", "data_format"),
+    [("native", "float64", "NCHW"), ("native", "float32", "NHWC"), ("xla", "float64", "NCHW")],
+    indirect=["implementation"],
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,13 +57,8 @@ def test_gradients_are_mmcvs(case, implementation, dtype, data_format):
     assert_gradients_close(actual, golden.gradients(case), operands)
 
 
-# Plain XLA is one program for every dtype and format, and slow to compile.
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-@pytest.mark.parametrize(
-    ("implementation", "dtype", "data_format"),
-    [("native", "float64", "NCHW"), ("native", "float32", "NHWC"), ("xla", "float64", "NCHW")],
-    indirect=["implementation"],
-)
+@cases.implementations_dtypes_and_formats
 def test_gradients_are_the_definition(case, implementation, dtype, data_format):
     operands = case.operands(dtype)
     actual = cases.gradients(case, operands, case.cotangent(dtype), data_format)

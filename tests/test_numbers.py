@@ -38,7 +38,7 @@ def drawn_by_definition(case):
 
 
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-@cases.dtypes_and_formats
+@cases.implementations_dtypes_and_formats
 def test_result_is_the_definition(case, implementation, dtype, data_format):
     y = cases.forward(case, case.operands(dtype), data_format)
     assert y.dtype == dtype

@@ -46,14 +46,14 @@ class Forward {
   }
 
  private:
-  // With 128 channels three taps make a block of kMaxDepth.
+  // At most kMaxDepth; with 128 channels three taps make a block of it.
   static constexpr int64_t kSliceChannels = 128;
 
   // A thread's work space.
   struct Scratch {
     Scratch(const Forward& f, Carver& carver)
         : sampler(f.sampler_, carver),
-          samples(carver.Take<Real>(kTileRows * Max(kMaxDepth, f.slices_.max_channels()))),
+          samples(carver.Take<Real>(kTileRows * kMaxDepth)),
           sums(carver.Take<Real>(kTileRows * f.g_.c_out)) {}
 
     typename Sampler<T>::Scratch sampler;

@@ -50,10 +50,11 @@ void FillTile(const Geometry& g, int64_t begin, int rows, Tile<Real>& tile) {
 
 // --- offset and mask of a tile, per channel ---
 
+// Channel by channel: the rows' cache lines, one for each pixel, stay in L1 from one channel to the next.
 template <class T, class Real>
 void TransposeRows(const T* rows, int64_t row_stride, int row_count, int64_t channels, Real* out) {
-  for (int p = 0; p < row_count; ++p, rows += row_stride) {
-    for (int64_t c = 0; c < channels; ++c) out[c * kTileRows + p] = static_cast<Real>(ToReal(rows[c]));
+  for (int64_t c = 0; c < channels; ++c, out += kTileRows) {
+    for (int p = 0; p < row_count; ++p) out[p] = static_cast<Real>(ToReal(rows[p * row_stride + c]));
   }
 }
 
@@ -76,8 +77,8 @@ void LoadChannels(const Array& array, const Tile<Real>& tile, int64_t row_stride
 
 template <class T, class Real>
 void TransposeColumns(const Real* in, int row_count, int64_t channels, T* rows, int64_t row_stride) {
-  for (int p = 0; p < row_count; ++p, rows += row_stride) {
-    for (int64_t c = 0; c < channels; ++c) rows[c] = FromReal<T>::Convert(in[c * kTileRows + p]);
+  for (int64_t c = 0; c < channels; ++c, in += kTileRows) {
+    for (int p = 0; p < row_count; ++p) rows[p * row_stride + c] = FromReal<T>::Convert(in[p]);
   }
 }
 
