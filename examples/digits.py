@@ -2,7 +2,8 @@
 
 The digits are 5,000 images of MNIST: 4,000 to train on, and 1,000, never trained on, to compare by. All are randomly
 scaled, rotated and shifted on a larger canvas. The two networks have the same layers, channels and kernel sizes, and
-see the same images in the same order; in the deformable one, two layers in the middle learn where to look. Run it with
+see the same images in the same order; in the deformable one, two layers in the middle learn where to look, for which
+they have parameters of their own. Run it with
 
     pip install "jax_dcn[examples]"
     python examples/digits.py
@@ -13,7 +14,6 @@ It prints the accuracy and the time per step of both, and draws where the deform
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +36,7 @@ HELD_OUT = 1000  # images to compare by
 WARPS = 4  # of every held-out image
 BATCH = 64
 LEARNING_RATE = 5e-3  # at first; it decays to 0
+TAPS = 9  # of a 3x3 kernel
 
 
 class Digits(NamedTuple):
@@ -154,17 +155,69 @@ def parameter_count(model: Classifier) -> int:
     return sum(parameter.size for parameter in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+# --- the picture ---
+
+
+def predicted_offsets(model: Classifier, image: np.ndarray) -> list[np.ndarray]:
+    """The offsets (H, W, taps, 2) of the two deformable layers for an image, in pixels of their input."""
+    x = model.stem(image[None, ..., None])
+    offsets = []
+    for block in model.middle1, model.middle2:
+        channels = np.asarray(block.conv.conv_offset(x))[0, ..., : 2 * TAPS]
+        offsets.append(channels.reshape(*channels.shape[:2], TAPS, 2))
+        x = block(x)
+    return offsets
+
+
+def sampling_points(centre: np.ndarray, offsets: list[np.ndarray]) -> np.ndarray:
+    """Where the pixel `centre` of the last layer's output looks in the first layer's input, (taps**layers, 2)."""
+    regular = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(TAPS, 2)
+    points = centre[None].astype(np.float32)
+    for offset in reversed(offsets):
+        nearest = np.clip(np.rint(points).astype(int), 0, np.array(offset.shape[:2]) - 1)
+        points = (points[:, None] + regular + offset[nearest[:, 0], nearest[:, 1]]).reshape(-1, 2)
+    return points
+
+
+def draw(model: Classifier, digits: Digits, path: Path) -> None:
+    """Draws the 81 points behind one pixel (green) of a few digits: regular ones above, learnt ones below."""
+    model.eval()
+    figure = Figure(figsize=(12, 5), dpi=120)
+    FigureCanvasAgg(figure)
+    for column, label in enumerate((0, 2, 4, 6, 8)):
+        image = digits.images[np.flatnonzero(digits.labels == label)[0]]
+        stroke = np.argwhere(image[::2, ::2] > 0.5)
+        centre = stroke[np.argmin(np.square(stroke - stroke.mean(0)).sum(1))]
+        learnt = predicted_offsets(model, image)
+        for row, offsets in enumerate(([np.zeros_like(offset) for offset in learnt], learnt)):
+            points = sampling_points(centre, offsets) * 2  # the stem halves the image
+            axes = figure.add_subplot(2, 5, row * 5 + column + 1)
+            axes.imshow(image, cmap="gray")
+            axes.scatter(points[:, 1], points[:, 0], s=10, color="#ff4b3e", linewidths=0)
+            axes.plot(centre[1] * 2, centre[0] * 2, "s", color="#38e070", markersize=6)
+            axes.set(xlim=(-0.5, CANVAS - 0.5), ylim=(CANVAS - 0.5, -0.5), xticks=[], yticks=[])
+            if column == 0:
+                axes.set_ylabel("deformable" if row else "plain", fontsize=13)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("digits.png"))
+    parser.add_argument("--output", type=Path, default=Path("digits.png"), help="where to save the picture")
     arguments = parser.parse_args()
     train_digits, test_digits = load_digits(arguments.seed)
+    report = []
     for name in "plain", "deformable":
         model = Classifier(deformable=name == "deformable", rngs=nnx.Rngs(arguments.seed))
         seconds = train(model, train_digits, name=name, steps=arguments.steps, seed=arguments.seed)
-        print(name, parameter_count(model), accuracy(model, test_digits), seconds)
+        correct = accuracy(model, test_digits)
+        report.append(f"{name:12}{parameter_count(model):>10,}{correct:>20.1%}{seconds * 1e3:>14.1f} ms")
+    print(f"{'':12}parameters   held-out accuracy    time per step", *report, sep="\n")
+    draw(model, test_digits, arguments.output)
+    print(f"The sampling points over a few digits: {arguments.output}")
 
 
 if __name__ == "__main__":
