@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -95,6 +96,8 @@ def torchvision_run(case: Case, operands: dict[str, jax.Array], backward: bool) 
     tensors = {name: torch.tensor(np.array(operand)) for name, operand in to_nchw(operands).items()}
     for tensor in tensors.values():
         tensor.requires_grad_(backward)
+    out = jax.eval_shape(deform(case, "NCHW"), to_nchw(operands)).shape
+    grad_y = torch.tensor(np.random.default_rng(1).standard_normal(out), dtype=torch.float32)
 
     def run():
         y = deform_conv2d(
@@ -102,7 +105,6 @@ def torchvision_run(case: Case, operands: dict[str, jax.Array], backward: bool) 
         )
         if not backward:
             return np.asarray(y)
-        grad_y = torch.tensor(np.random.default_rng(1).standard_normal(y.shape), dtype=torch.float32)
         return y, torch.autograd.grad(y, list(tensors.values()), grad_y)
 
     return run
@@ -141,10 +143,16 @@ def benchmark(name: str, case: Case, backward: bool, repeats: int) -> dict[str, 
         runs["torchvision"] = vision
     results = {label: jax.block_until_ready(run()) for label, run in runs.items()}
     check(f"{name} NHWC", results["jax_dcn NHWC"], results["XLA gather"])
+    # The forward is checked in both formats; backward the random grad_y differs between them.
     if not backward:
         check(f"{name} NCHW", results["jax_dcn NCHW"].transpose(0, 2, 3, 1), results["XLA gather"])
         if vision is not None:
             check(f"{name} torchvision", results["torchvision"].transpose(0, 2, 3, 1), results["XLA gather"])
+    elif vision is not None:
+        y, gradients = results["torchvision"]
+        check(f"{name} torchvision", y.detach().numpy(), results["jax_dcn NCHW"][0])
+        for key, gradient in zip(nhwc, gradients, strict=True):
+            check(f"{name} torchvision {key}", gradient.numpy(), results["jax_dcn NCHW"][1][key])
     del results
     return measure(runs, repeats)
 
@@ -163,11 +171,13 @@ def row(name: str, direction: str, times: dict[str, float]) -> str:
 def environment() -> dict[str, str]:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     return {
         "jax": jax.__version__,
         "jax_dcn": jax_dcn.__version__,
-        "commit": commit,
+        "commit": git.stdout.strip(),
         "cpu": cpu,
         "threads": str(len(os.sched_getaffinity(0))),
     }

@@ -16,6 +16,7 @@ struct Geometry {
   int64_t groups, deform_groups;
 
   int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t mask_channels() const { return deform_groups * taps(); }
   int64_t group_in() const { return c_in / groups; }
   int64_t group_out() const { return c_out / groups; }
   int64_t deform_in() const { return c_in / deform_groups; }

@@ -1,4 +1,4 @@
-// The arithmetic of sampling that the CPU and the CUDA kernels must agree on: which samples count, their four
+// The arithmetic of sampling on which the kernels of all platforms must agree: which samples count, their four
 // corners, weights and derivatives. The definition is that of mmcv's deformable convolution.
 //
 // The CPU kernels are compiled once per instruction set; JAX_DCN_TARGET names the namespace of each copy, so that
@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define JAX_DCN_INLINE __host__ __device__ __forceinline__
-#else
 #define JAX_DCN_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {

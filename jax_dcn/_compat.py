@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax import lax
 from jax._src.dispatch import apply_primitive as apply_primitive
 from jax.extend import core
 from jax.interpreters import partial_eval as pe
@@ -14,3 +16,17 @@ def def_dce_rule(primitive: core.Primitive, rule: Callable[[list[bool], Any], tu
     jax 0.12 passes the live inputs between the two arguments.
     """
     pe.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
+
+
+def equally_varying(*operands: jax.Array | None) -> list[jax.Array | None]:
+    """Brings the operands to one set of varying mesh axes, as shard_map's check of these wants of a custom_vjp.
+
+    The transpose of what is inserted here is the sum over the axes along which an operand was replicated.
+    """
+    varying = [set() if a is None else set(jax.typeof(a).manual_axis_type.varying) for a in operands]
+    union = set().union(*varying)
+    missing = [tuple(sorted(union - axes)) for axes in varying]
+    return [
+        lax.pcast(a, axes, to="varying") if a is not None and axes else a
+        for a, axes in zip(operands, missing, strict=True)
+    ]

@@ -56,6 +56,8 @@ class Layer:
             size, divisor = getattr(self, channels), getattr(self, groups)
             if size % divisor:
                 raise ValueError(f"{name}: {channels} ({size}) must be a multiple of {groups} ({divisor})")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"{name}: bias must be a bool, got {self.bias!r}")
         check_data_format(name, self.data_format)
 
     @property

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jax_dcn import primitives
-from jax_dcn.geometry import Geometry, Pair, check_operands
+from jax_dcn import _compat, primitives
+from jax_dcn.geometry import DTYPES, Geometry, Pair, check_operands, to_precision
 
 IMPLEMENTATIONS = ("native", "xla")
 
@@ -43,7 +43,9 @@ def deform_conv2d(
         y = ho*stride_h - padding_h + i*dilation_h + offset[n, ((g*kh + i)*kw + j)*2, ho, wo]
         x = wo*stride_w - padding_w + j*dilation_w + offset[n, ((g*kh + i)*kw + j)*2 + 1, ho, wo]
 
-    by bilinear interpolation, in pixels, pixels outside the image counting as 0.
+    by bilinear interpolation, in pixels, pixels outside the image counting as 0. A sample is 0 unless -1 < y < H and
+    -1 < x < W, so a coordinate that is NaN, infinite or huge contributes nothing. The gradient with respect to a
+    coordinate is the right-hand derivative on lattice points, and 0 where the sample is 0 by that rule.
 
     Shapes for data_format="NCHW", and for "NHWC":
       x       (N, C_in, H, W)                                (N, H, W, C_in)
@@ -76,7 +78,7 @@ def deform_conv2d(
       ValueError: shapes that do not fit one another.
     """
     del im2col_step
-    return _deform_conv2d(
+    return _checked(
         "deform_conv2d",
         *(x, offset, mask, weight, bias),
         sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
@@ -108,7 +110,7 @@ def modulated_deform_conv2d(
     """
     if mask is None:
         raise TypeError("modulated_deform_conv2d: mask must be an array, got None")
-    return _deform_conv2d(
+    return _checked(
         "modulated_deform_conv2d",
         *(x, offset, mask, weight, bias),
         sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
@@ -117,26 +119,30 @@ def modulated_deform_conv2d(
     )
 
 
-def _deform_conv2d(name, x, offset, mask, weight, bias, *, sizes, data_format, precision) -> jax.Array:
+def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precision) -> jax.Array:
+    """Checks the operands of the public function `name` and brings them to NHWC and back."""
     x, offset, weight = (
         _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
     )
     mask = None if mask is None else _as_array(name, "mask", mask)
-    bias = None if bias is None or bias is False else _as_array(name, "bias", bias)
+    bias = None if bias is None or (isinstance(bias, (bool, np.bool_)) and not bias) else _as_array(name, "bias", bias)
     geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
-    call = _Call(geometry, lax.Precision(precision) if isinstance(precision, str) else precision, _implementation())
+    call = _Call(geometry, to_precision(name, precision), _implementation())
+    x, offset, mask, weight, bias = _compat.equally_varying(x, offset, mask, weight, bias)
     if data_format == "NHWC":
-        return _differentiable(call, x, offset, mask, weight, bias)
+        return _deform_conv2d(call, x, offset, mask, weight, bias)
 
     x, offset = jnp.moveaxis(x, 1, 3), jnp.moveaxis(offset, 1, 3)
     mask = None if mask is None else jnp.moveaxis(mask, 1, 3)
-    y = _differentiable(call, x, offset, mask, jnp.transpose(weight, (2, 3, 1, 0)), bias)
+    y = _deform_conv2d(call, x, offset, mask, jnp.transpose(weight, (2, 3, 1, 0)), bias)
     return jnp.moveaxis(y, 3, 1)
 
 
 def _as_array(name: str, argument: str, value: Any) -> jax.Array:
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
+    if value.dtype.name not in DTYPES:
+        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
     return jnp.asarray(value)
 
 
@@ -169,18 +175,18 @@ class _Perturbed:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call: _Call, x, offset, mask, weight, bias):
+def _deform_conv2d(call: _Call, x, offset, mask, weight, bias):
     return primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(call))
 
 
-def _forward(call: _Call, x, offset, mask, weight, bias):
+def _deform_conv2d_forward(call: _Call, x, offset, mask, weight, bias):
     operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
     x, offset, mask, weight, bias = (operand if operand is None else operand.value for operand in operands.values())
-    return _differentiable(call, x, offset, mask, weight, bias), (x, offset, mask, weight, _Perturbed(perturbed))
+    return _deform_conv2d(call, x, offset, mask, weight, bias), (x, offset, mask, weight, _Perturbed(perturbed))
 
 
-def _backward(call: _Call, residuals, grad_y):
+def _deform_conv2d_backward(call: _Call, residuals, grad_y):
     *operands, perturbed = residuals
     gradients = {}
     if perturbed.names and not isinstance(grad_y, SymbolicZero):
@@ -188,4 +194,4 @@ def _backward(call: _Call, residuals, grad_y):
     return tuple(gradients.get(name) for name in ("x", "offset", "mask", "weight", "bias"))
 
 
-_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+_deform_conv2d.defvjp(_deform_conv2d_forward, _deform_conv2d_backward, symbolic_zeros=True)

@@ -9,11 +9,14 @@ import dataclasses
 import operator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 DATA_FORMATS = ("NCHW", "NHWC")
-DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# The kernels count pixels, and compute regular coordinates, in 32 bits.
+MAX_PIXELS = 2**31 - 1
 
 Pair = tuple[int, int]
 
@@ -76,6 +79,8 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     pair = tuple(_integer(name, argument, v) for v in values)
     if min(pair) < minimum:
         raise ValueError(f"{name}: {argument} must be at least {minimum}, got {value!r}")
+    if max(pair) > MAX_PIXELS:
+        raise ValueError(f"{name}: {argument} must be at most {MAX_PIXELS}, got {value!r}")
     return pair
 
 
@@ -87,19 +92,30 @@ def to_count(name: str, argument: str, value: Any) -> int:
     return count
 
 
+def to_precision(name: str, precision: Any) -> Any:
+    """A precision, in any of the forms that `jax.lax.conv_general_dilated` takes, as a hashable one."""
+    if isinstance(precision, (tuple, list)) and len(precision) == 2:
+        return tuple(to_precision(name, p) for p in precision)
+    if precision is None or isinstance(precision, (lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)):
+        return precision
+    if not isinstance(precision, str):
+        raise TypeError(f"{name}: precision must be None, a string or a jax.lax.Precision, got {precision!r}")
+    if precision in lax.DotAlgorithmPreset.__members__:
+        return lax.DotAlgorithmPreset[precision]
+    try:
+        return lax.Precision(precision)
+    except ValueError:
+        raise ValueError(f"{name}: precision must be one that jax.lax.Precision names, got {precision!r}") from None
+
+
 def check_data_format(name: str, data_format: Any) -> None:
-    if data_format not in DATA_FORMATS:
+    if not isinstance(data_format, str) or data_format not in DATA_FORMATS:
         raise ValueError(f"{name}: data_format must be one of {DATA_FORMATS}, got {data_format!r}")
 
 
 def _check_dtypes(name: str, operands: dict[str, Any]) -> None:
     x = operands["x"]
     for argument, operand in operands.items():
-        if operand.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: {argument} has dtype {operand.dtype}, expected one of "
-                + ", ".join(jnp.dtype(d).name for d in DTYPES)
-            )
         if argument in ("weight", "bias") and operand.dtype != x.dtype:
             raise TypeError(f"{name}: {argument} has dtype {operand.dtype}, expected x's, {x.dtype}")
 
@@ -196,6 +212,12 @@ def check_operands(
 
     if height < 1 or width < 1:
         raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
+    padded = [n + 2 * p for n, p in zip((height, width), geometry.padding, strict=True)]
+    if max((height + 1) * width, *padded) >= MAX_PIXELS:
+        raise ValueError(
+            f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
+            f"{height} x {width} with padding {geometry.padding}"
+        )
     out = geometry.output_size(height, width)
     if min(out) < 1:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import warnings
 from collections.abc import Sequence
@@ -42,11 +43,9 @@ def call(
     geometry: Geometry,
     **flags: bool,
 ) -> Sequence[jax.Array]:
-    """Calls a handler. Its operands come in the order that csrc/ffi declares, the optional ones last."""
-    optional = [name for name in ("mask", "bias") if name in operands]
-    required = [name for name in operands if name not in optional]
+    """Calls a handler with the operands, whose order csrc/ffi declares."""
     return jax.ffi.ffi_call(target, results)(
-        *(operands[name] for name in required + optional),
+        *operands.values(),
         stride=np.array(geometry.stride, np.int64),
         padding=np.array(geometry.padding, np.int64),
         dilation=np.array(geometry.dilation, np.int64),
@@ -61,8 +60,12 @@ def show_config() -> None:
     """Prints versions, the kernels loaded and, where one is missing, why."""
     print(f"jax_dcn  {__version__}")
     print(f"jax      {jax.__version__}, jaxlib {jaxlib.__version__}, python {platform.python_version()}")
+    built = ", ".join(_native.cpu_isas()) if _native else ""
     if MISSING is not None:
         print(f"cpu      plain XLA: the native module could not be loaded: {MISSING}")
+    elif _native.cpu_isa() is None:
+        asked = os.environ.get("JAX_DCN_CPU_ISA")
+        print(f"cpu      none: JAX_DCN_CPU_ISA={asked} was not built or does not run here ({built} built)")
     else:
-        print(f"cpu      kernels for {_native.cpu_isa()} ({', '.join(_native.cpu_isas())} built)")
+        print(f"cpu      kernels for {_native.cpu_isa()} ({built} built)")
     print("cuda     plain XLA: this version has no CUDA kernels")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dcn import _compat, lowering
 
@@ -108,7 +109,7 @@ def deform_conv2d(
     bias: jax.Array | None,  # (C_out,)
     **params: Any,
 ) -> jax.Array:  # (N, H_out, W_out, C_out)
-    names, operands = _present(x=x, offset=offset, mask=mask, weight=weight, bias=bias)
+    names, operands = _present(x=x, offset=offset, weight=weight, mask=mask, bias=bias)
     (y,) = deform_conv2d_p.bind(*operands, names=names, **params)
     return y
 
@@ -116,7 +117,7 @@ def deform_conv2d(
 def _deform_conv2d_abstract(*operands, names, **params):
     aval = dict(zip(names, operands, strict=True))
     shape = (*aval["offset"].shape[:3], aval["weight"].shape[3])
-    return [aval["x"].update(shape=shape, weak_type=False)]
+    return [_reshaped(aval["x"], shape, aval["x"].sharding.spec[:1])]
 
 
 # --- deform_conv2d_backward ---
@@ -132,14 +133,14 @@ def deform_conv2d_backward(
     wanted: tuple[str, ...],  # of lowering.GRADIENTS, in that order
     **params: Any,
 ) -> dict[str, jax.Array]:  # the gradients by the names in `wanted`, each of its operand's shape and dtype
-    names, operands = _present(grad_y=grad_y, x=x, offset=offset, mask=mask, weight=weight)
+    names, operands = _present(grad_y=grad_y, x=x, offset=offset, weight=weight, mask=mask)
     gradients = deform_conv2d_backward_p.bind(*operands, names=names, wanted=wanted, **params)
     return dict(zip(wanted, gradients, strict=True))
 
 
 def _deform_conv2d_backward_abstract(*operands, names, wanted, **params):
     aval = dict(zip(names, operands, strict=True))
-    aval["bias"] = aval["weight"].update(shape=aval["weight"].shape[3:])
+    aval["bias"] = _reshaped(aval["weight"], aval["weight"].shape[3:], ())
     return [aval[name].update(weak_type=False) for name in wanted]
 
 
@@ -161,6 +162,12 @@ def _deform_conv2d_backward_dce(used: list[bool], equation):
 def _present(**operands: jax.Array | None) -> tuple[tuple[str, ...], list[jax.Array]]:
     present = {name: operand for name, operand in operands.items() if operand is not None}
     return tuple(present), list(present.values())
+
+
+def _reshaped(aval, shape: tuple[int, ...], spec: tuple[Any, ...]):
+    """An abstract value like `aval` of another shape, sharded along its first axes as `spec` says."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*spec, *[None] * (len(shape) - len(spec))))
+    return aval.update(shape=shape, sharding=sharding, weak_type=False)
 
 
 def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | None, Callable[..., Any]]):

@@ -31,11 +31,11 @@ def coordinates(
 
     def regular(size: int, taps: int, axis: int) -> jax.Array:  # (size, taps)
         start = jnp.arange(size) * geometry.stride[axis] - geometry.padding[axis]
-        return (start[:, None] + jnp.arange(taps) * geometry.dilation[axis]).astype(dtype)
+        return (start[:, None] + jnp.arange(taps)[None, :] * geometry.dilation[axis]).astype(dtype)
 
     shift = offset.astype(dtype).reshape(n, h_out, w_out, geometry.deform_groups, kh, kw, 2)
-    y = regular(h_out, kh, 0)[:, None, None, :, None] + shift[..., 0]
-    x = regular(w_out, kw, 1)[None, :, None, None, :] + shift[..., 1]
+    y = regular(h_out, kh, 0)[None, :, None, None, :, None] + shift[..., 0]
+    x = regular(w_out, kw, 1)[None, None, :, None, None, :] + shift[..., 1]
 
     def taps_before_groups(a: jax.Array) -> jax.Array:
         return a.reshape(n, h_out, w_out, geometry.deform_groups, geometry.taps).swapaxes(3, 4)
@@ -54,15 +54,15 @@ def sample(
     dtype = accumulation_dtype(x.dtype)
     image = x.astype(dtype).reshape(n, height * width, geometry.deform_groups, c_in // geometry.deform_groups)
 
-    y, x = coordinates(offset, geometry, dtype)
-    valid = (y > -1) & (x > -1) & (y < height) & (x < width)  # False for NaN
-    y = jnp.where(valid, y, 0)
-    x = jnp.where(valid, x, 0)
-    y_low, x_low = jnp.floor(y), jnp.floor(x)
-    ly, lx = y - y_low, x - x_low
+    y_at, x_at = coordinates(offset, geometry, dtype)
+    valid = (y_at > -1) & (x_at > -1) & (y_at < height) & (x_at < width)  # False for NaN
+    y_at = jnp.where(valid, y_at, 0)
+    x_at = jnp.where(valid, x_at, 0)
+    y_low, x_low = jnp.floor(y_at), jnp.floor(x_at)
+    ly, lx = y_at - y_low, x_at - x_low
     y_low, x_low = y_low.astype(jnp.int32), x_low.astype(jnp.int32)
 
-    out = y.shape  # (N, H_out, W_out, kh*kw, deform_groups)
+    out = valid.shape  # (N, H_out, W_out, kh*kw, deform_groups)
     samples_per_group = math.prod(out[1:4])
     rows_at = jax.vmap(
         jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
@@ -111,7 +111,7 @@ def deform_conv2d(
         precision=precision,
     ).reshape(*samples.shape[:3], c_out)
     if bias is not None:
-        y = y + bias.astype(dtype)
+        y = y + bias.astype(dtype)[None, None, None, :]
     return y.astype(x.dtype)
 
 

@@ -150,7 +150,7 @@ def test_modulated_deform_conv2d_needs_a_mask():
         jax_dcn.modulated_deform_conv2d(**operands, **ARGUMENTS)
 
 
-def test_traced_argument(recwarn):
+def test_traced_argument():
     """An argument that shapes depend on cannot be an operand of jit."""
     operands = {name: jnp.ones(shape) for name, shape in valid_shapes().items()}
     arguments = dict(ARGUMENTS)

@@ -1,8 +1,6 @@
 """The Flax layers: parameters, initial values, results, transformations and errors, the same for linen and nnx."""
 
 import math
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
+from processes import run_python
 
 import jax_dcn
 
@@ -444,11 +443,6 @@ def test_linen_layers_are_the_packages(name):
 def test_unknown_name():
     with pytest.raises(AttributeError, match="module 'jax_dcn' has no attribute 'DeformConv3d'"):
         jax_dcn.DeformConv3d  # noqa: B018
-
-
-def run_python(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_flax_is_imported_only_when_used():

@@ -13,12 +13,13 @@ TOLERANCES = {
 }
 
 
-def assert_close(actual, expected, dtype=None, err_msg=""):
+def assert_close(actual, expected, dtype=None, err_msg="", both_rounded=False):
     """Checks a result against the exact values, which may be wider.
 
-    `dtype` names the tolerance, by default `actual`'s. The error counts relative to max(1, the largest value).
+    `dtype` names the tolerance, by default `actual`'s. The error counts relative to max(1, the largest value). It may
+    be twice as large where the expected values have been rounded to the same dtype.
     """
-    tolerance = TOLERANCES[jnp.dtype(actual.dtype if dtype is None else dtype).name]
+    tolerance = (1 + both_rounded) * TOLERANCES[jnp.dtype(actual.dtype if dtype is None else dtype).name]
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{err_msg}: shape {actual.shape}, expected {expected.shape}"
     scale = np.abs(expected).max(initial=1)

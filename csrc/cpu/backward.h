@@ -213,13 +213,13 @@ class Backward {
     for (int64_t tile = band.begin; tile < band.end; ++tile) {
       const Range pixels = TilePixels(chunk, tile);
       if (pixels.size() == 0) break;
-      sampler_.StartTile(pixels, space.sampler);
-      sampler_.StartSlice(slice, space.sampler);
       PackGradY(slice, pixels, space);
       if (arrays_.grad_bias && slice.group_begin == 0) {
         SumGradY(slice, pixels.size(), tile > 0, Sums(chunk, arrays_.grad_bias, shared.grad_biases, g_.c_out), space);
       }
       if (!want_grad_samples_ && !arrays_.grad_weight) continue;
+      sampler_.StartTile(pixels, space.sampler);
+      sampler_.StartSlice(slice, space.sampler);
       Real* parts = nullptr;
       if (want_sums_) {
         parts = shared.parts + ((chunk * slices_.count() + slice_index) * band_ + tile - band.begin) * SlicePart();
@@ -355,7 +355,7 @@ class Backward {
     const Range pixels = TilePixels(chunk, band.begin + tile);
     if (pixels.size() == 0) return;
     const int rows = static_cast<int>(pixels.size());
-    const int64_t channels = g_.deform_groups * g_.taps();
+    const int64_t channels = g_.mask_channels();
     for (int64_t d = 0; d < g_.deform_groups; ++d) {
       Zero(space.total, g_.taps() * kParts * kTileRows);
       for (int64_t i = 0; i < slices_.count(); ++i) {

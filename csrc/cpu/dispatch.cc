@@ -10,7 +10,7 @@ namespace jax_dcn {
 namespace baseline {
 extern const Kernels kKernels;
 }
-#if defined(__x86_64__)
+#if defined(JAX_DCN_X86)
 namespace avx2 {
 extern const Kernels kKernels;
 }
@@ -22,7 +22,7 @@ extern const Kernels kKernels;
 const Kernels* const* BuiltKernels() {
   static const Kernels* const kBuilt[] = {
       &baseline::kKernels,
-#if defined(__x86_64__)
+#if defined(JAX_DCN_X86)
       &avx2::kKernels,
       &avx512::kKernels,
 #endif
@@ -34,9 +34,8 @@ const Kernels* const* BuiltKernels() {
 namespace {
 
 bool Runs(const char* name) {
-#if defined(__x86_64__)
-  // Every processor with AVX2 has F16C.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(JAX_DCN_X86)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (std::strcmp(name, "avx2") == 0) return avx2;
   if (std::strcmp(name, "avx512") == 0) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -51,7 +50,7 @@ const Kernels* Choose() {
   const Kernels* best = nullptr;
   for (const Kernels* const* kernels = BuiltKernels(); *kernels != nullptr; ++kernels) {
     const char* name = (*kernels)->name;
-    if ((asked == nullptr || std::strcmp(name, asked) == 0) && Runs(name)) best = *kernels;
+    if ((asked == nullptr || *asked == 0 || std::strcmp(name, asked) == 0) && Runs(name)) best = *kernels;
   }
   return best;
 }

@@ -104,9 +104,12 @@ class Carver {
 
 class Memory {
  public:
-  explicit Memory(int64_t bytes)
-      : block_(static_cast<char*>(
-            std::aligned_alloc(Carver::kAlignment, static_cast<size_t>(Max<int64_t>(bytes, Carver::kAlignment))))) {}
+  explicit Memory(int64_t bytes) {
+    // aligned_alloc wants a multiple of the alignment, and may return null for 0.
+    const int64_t blocks = Max<int64_t>(1, CeilDiv(bytes, Carver::kAlignment));
+    block_ =
+        static_cast<char*>(std::aligned_alloc(Carver::kAlignment, static_cast<size_t>(blocks * Carver::kAlignment)));
+  }
   ~Memory() { std::free(block_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;

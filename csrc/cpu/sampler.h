@@ -57,7 +57,7 @@ class Sampler {
 
   void StartSlice(const Slice& slice, const Scratch& space) const {
     const Range groups = DeformGroups(slice);
-    const int64_t channels = g_.deform_groups * g_.taps();
+    const int64_t channels = g_.mask_channels();
     const int64_t first = groups.begin * g_.taps();
     const int64_t count = groups.size() * g_.taps();
     LoadChannels(offset_, *space.tile, channels * 2, first * 2, count * 2, space.offset);

@@ -16,7 +16,7 @@ class Workers {
   // Calls task(context, worker, i) for every i in [0, tasks), in any order, on up to count() threads, and returns
   // when all are done. `worker` is in [0, count()) and differs between calls that run at the same time. A task must
   // not throw and must not call Run.
-  virtual void Run(int64_t tasks, void (*task)(void* context, int worker, int64_t i), void* context) = 0;
+  virtual void Run(int64_t tasks, void (*task)(void* context, int worker, int64_t i), void* context) noexcept = 0;
 };
 
 // Run for anything callable as task(worker, i).

@@ -106,7 +106,8 @@ class Checker {
                                g.dilation_w, g.stride_h, g.stride_w}) {
       if (size < 0 || size > kMax) return false;
     }
-    return g.image() <= kMax && g.height + 2 * g.padding_h <= kMax && g.width + 2 * g.padding_w <= kMax;
+    // One row more than the image: corners are counted before it is known whether they are inside.
+    return g.image() + g.width < kMax && g.height + 2 * g.padding_h <= kMax && g.width + 2 * g.padding_w <= kMax;
   }
 
   static int64_t OutputSize(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -129,9 +130,10 @@ ffi::Error Run(bool (*Kernels::*kernel)(const Geometry&, const Arrays&, Workers&
   }
   SerialWorkers serial;
   XlaWorkers shared(pool);
-  // Some 10 microseconds of work; waking another thread takes about as long.
-  constexpr int64_t kSharedMultiplyAdds = 200000;
-  const bool small = g.pixels() * g.weights() / g.groups < kSharedMultiplyAdds;
+  // Some 10 microseconds of work; waking another thread takes about as long. A sample costs about 8 multiply-adds.
+  constexpr double kSharedMultiplyAdds = 200000;
+  const double pixel_work = static_cast<double>(g.weights()) + 8.0 * static_cast<double>(g.taps() * g.c_in);
+  const bool small = static_cast<double>(g.pixels()) * pixel_work < kSharedMultiplyAdds;
   if (!(kernels->*kernel)(g, arrays, small ? static_cast<Workers&>(serial) : shared)) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_dcn: no memory for the work space");
   }
@@ -144,20 +146,20 @@ ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer o
   Checker check;
   const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups});
   if (!check.ok()) return check.error();
-  const int64_t taps = g.deform_groups * g.taps();
   ForwardArrays arrays;
   arrays.x = check.ToArray("x", x, {g.batch, g.height, g.width, g.c_in});
   const DType dtype = arrays.x.dtype;
-  arrays.offset = check.ToArray("offset", offset, {g.batch, g.h_out, g.w_out, taps * 2});
+  arrays.offset = check.ToArray("offset", offset, {g.batch, g.h_out, g.w_out, g.mask_channels() * 2});
   arrays.weight = check.ToArray("weight", weight, {g.kernel_h, g.kernel_w, g.group_in(), g.c_out}, dtype);
   if (has_mask) {
     const ffi::AnyBuffer mask = check.Value(optional.get<ffi::AnyBuffer>(0), x);
-    arrays.mask = check.ToArray("mask", mask, {g.batch, g.h_out, g.w_out, taps});
+    arrays.mask = check.ToArray("mask", mask, {g.batch, g.h_out, g.w_out, g.mask_channels()});
   }
   if (optional.size() > (has_mask ? 1u : 0u)) {
     const ffi::AnyBuffer bias = check.Value(optional.get<ffi::AnyBuffer>(has_mask ? 1 : 0), x);
     arrays.bias = check.ToArray("bias", bias, {g.c_out}, dtype);
   }
+  if (optional.size() != (has_mask ? 1u : 0u) + (arrays.bias ? 1u : 0u)) check.Fail("there are too many operands");
   arrays.y = check.ToArray("y", *y, {g.batch, g.h_out, g.w_out, g.c_out}, dtype);
   return check.ok() ? Run(&Kernels::forward, g, arrays, pool) : check.error();
 }
@@ -170,10 +172,9 @@ ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi
   Checker check;
   const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups});
   if (!check.ok()) return check.error();
-  const int64_t taps = g.deform_groups * g.taps();
   const auto x_shape = {g.batch, g.height, g.width, g.c_in};
-  const auto offset_shape = {g.batch, g.h_out, g.w_out, taps * 2};
-  const auto mask_shape = {g.batch, g.h_out, g.w_out, taps};
+  const auto offset_shape = {g.batch, g.h_out, g.w_out, g.mask_channels() * 2};
+  const auto mask_shape = {g.batch, g.h_out, g.w_out, g.mask_channels()};
   const auto weight_shape = {g.kernel_h, g.kernel_w, g.group_in(), g.c_out};
   BackwardArrays arrays;
   arrays.x = check.ToArray("x", x, x_shape);
@@ -198,6 +199,9 @@ ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi
   if (grad_mask) arrays.grad_mask = result("grad_mask", mask_shape, arrays.mask.dtype);
   if (grad_weight) arrays.grad_weight = result("grad_weight", weight_shape, sum_dtype);
   if (grad_bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
+  if (optional.size() != (has_mask ? 1u : 0u) || gradients.size() != next || (grad_mask && !has_mask)) {
+    check.Fail("the operands or results are not those of the attributes");
+  }
   return check.ok() ? Run(&Kernels::backward, g, arrays, pool) : check.error();
 }
 

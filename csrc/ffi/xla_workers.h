@@ -18,14 +18,15 @@ namespace jax_dcn {
 class SerialWorkers final : public Workers {
  public:
   int count() const override { return 1; }
-  void Run(int64_t tasks, void (*task)(void*, int, int64_t), void* context) override {
+  void Run(int64_t tasks, void (*task)(void*, int, int64_t), void* context) noexcept override {
     for (int64_t i = 0; i < tasks; ++i) task(context, 0, i);
   }
 };
 
 // The caller may be a thread of the pool itself, so waiting for scheduled work could wait for ever: all threads of
 // the pool might be doing the same. Hence the caller takes tasks like everybody else and only waits for those that
-// another thread has begun. Helpers that come too late find nothing left, and touch nothing but the shared state.
+// another thread has begun. Nothing may unwind meanwhile, hence noexcept. Helpers that come too late find nothing left,
+// and touch nothing but the shared state.
 class XlaWorkers final : public Workers {
  public:
   explicit XlaWorkers(const xla::ffi::ThreadPool& pool)
@@ -33,7 +34,7 @@ class XlaWorkers final : public Workers {
 
   int count() const override { return count_; }
 
-  void Run(int64_t tasks, void (*task)(void*, int, int64_t), void* context) override {
+  void Run(int64_t tasks, void (*task)(void*, int, int64_t), void* context) noexcept override {
     const int64_t threads = std::min<int64_t>(count_, tasks);
     if (threads <= 1) return SerialWorkers().Run(tasks, task, context);
     const auto state = std::make_shared<State>();

@@ -1,0 +1,25 @@
+"""Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Runs code as a user would, in a folder without the package's sources, and returns what it prints.
+
+    XLA's thread pool follows NPROC.
+    """
+    settings = {**os.environ, **environment}
+    settings.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=settings,
+        cwd=Path(sys.executable).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
