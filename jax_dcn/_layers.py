@@ -70,6 +70,11 @@ class Layer:
 
     def _weight(self, kernel: jax.Array) -> jax.Array:
         """The parameter `kernel` in the order of the functions."""
+        if kernel.shape != self._kernel_shape:
+            raise ValueError(
+                f"{type(self).__name__}: kernel has shape {kernel.shape}, expected {self._kernel_shape} = "
+                "(kh, kw, in_channels/groups, out_channels)"
+            )
         return kernel if self.data_format == "NHWC" else jnp.transpose(kernel, (3, 2, 0, 1))
 
     @property

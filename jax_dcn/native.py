@@ -61,7 +61,9 @@ def show_config() -> None:
     print(f"jax_dcn  {__version__}")
     print(f"jax      {jax.__version__}, jaxlib {jaxlib.__version__}, python {platform.python_version()}")
     built = ", ".join(_native.cpu_isas()) if _native else ""
-    if MISSING is not None:
+    if os.environ.get("JAX_DCN_IMPLEMENTATION") == "xla":
+        print("cpu      plain XLA: JAX_DCN_IMPLEMENTATION=xla")
+    elif MISSING is not None:
         print(f"cpu      plain XLA: the native module could not be loaded: {MISSING}")
     elif _native.cpu_isa() is None:
         asked = os.environ.get("JAX_DCN_CPU_ISA")
