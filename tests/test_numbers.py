@@ -124,7 +124,7 @@ def test_zero_offset_is_the_plain_convolution(case, implementation, data_format)
         feature_group_count=case.groups,
     )
     if case.bias:
-        expected += operands["bias"][:, None, None]
+        expected += operands["bias"][None, :, None, None]
     assert_close(cases.forward(case, operands, data_format), expected)
 
 
