@@ -4,54 +4,102 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    model: str
     batch: int
     c_in: int
     c_out: int
     height: int
     width: int
     modulated: bool
+    kernel: int = 3
     stride: int = 1
+    padding: int = 1
+    dilation: int = 1
     groups: int = 1
     deform_groups: int = 1
 
     @property
-    def static(self) -> dict[str, int]:
-        """The keyword arguments of `deform_conv2d` besides the arrays. Kernel 3 and padding 1 throughout."""
-        return dict(stride=self.stride, padding=1, groups=self.groups, deform_groups=self.deform_groups)
+    def sizes(self) -> dict[str, int]:
+        """The keyword arguments of `deform_conv2d` that are not arrays."""
+        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "deform_groups")}
 
-    def operands(self, seed: int = 0) -> dict[str, jax.Array]:
-        """Random NHWC operands, with offsets of a standard deviation of 2 pixels."""
-        rng = np.random.default_rng(seed)
-        out = (self.batch, (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1)
+    @property
+    def output_size(self) -> tuple[int, int]:
+        extent = self.dilation * (self.kernel - 1) + 1
+        return tuple((n + 2 * self.padding - extent) // self.stride + 1 for n in (self.height, self.width))
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the forward product. The backward pass has two of this size."""
+        h_out, w_out = self.output_size
+        return self.batch * h_out * w_out * self.kernel**2 * self.c_in // self.groups * self.c_out
+
+    def operands(self) -> Arrays:
+        """Random NHWC operands and the cotangent `grad_y`, float32.
+
+        Offsets have a standard deviation of 2 pixels and are odd multiples of 1/1024: coordinates are then exact in
+        float32 and never on a lattice line, where gradients jump and libraries differ in their conventions. All but
+        offset and mask have values that bfloat16 holds too, so one reference serves both dtypes.
+        """
+        rng = np.random.default_rng(0)
+        out = (self.batch, *self.output_size)
+        taps = self.kernel**2
+        fan_in = taps * self.c_in // self.groups
         shapes = {
             "x": (self.batch, self.height, self.width, self.c_in),
-            "offset": (*out, self.deform_groups * 18),
-            "weight": (3, 3, self.c_in // self.groups, self.c_out),
+            "weight": (self.kernel, self.kernel, self.c_in // self.groups, self.c_out),
+            "grad_y": (*out, self.c_out),
         }
-        operands = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-        operands["offset"] *= 2
-        operands["weight"] *= (9 * self.c_in // self.groups) ** -0.5
+        operands = {name: _bfloat16(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+        operands["weight"] = _bfloat16(operands["weight"] * fan_in**-0.5)
+        offset = 2 * rng.standard_normal((*out, self.deform_groups * taps * 2), np.float32)
+        operands["offset"] = (np.floor(offset * 512) + np.float32(0.5)) / 512
         if self.modulated:
-            operands["mask"] = rng.random((*out, self.deform_groups * 9), np.float32)
-        return {name: jnp.asarray(operand) for name, operand in operands.items()}
+            operands["mask"] = rng.random((*out, self.deform_groups * taps), np.float32)
+        return operands
+
+
+def _bfloat16(array: np.ndarray) -> np.ndarray:
+    """Cut to the upper half of the bits, which is what bfloat16 keeps of a float32."""
+    return (array.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def to_nchw(arrays: Arrays) -> Arrays:
+    return {name: _transposed(array, name, (3, 2, 0, 1), (0, 3, 1, 2)) for name, array in arrays.items()}
+
+
+def to_nhwc(arrays: Arrays) -> Arrays:
+    return {name: _transposed(array, name, (2, 3, 1, 0), (0, 2, 3, 1)) for name, array in arrays.items()}
+
+
+def _transposed(array: np.ndarray, name: str, weight_axes: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(weight_axes if name == "weight" else axes))
 
 
 CASES = {
-    "r50_c3": Case(1, 128, 128, 100, 168, True),
-    "r50_c4": Case(1, 256, 256, 50, 84, True),
-    "r50_c5": Case(1, 512, 512, 25, 42, False),
-    "r50_c4_s2": Case(1, 256, 256, 100, 168, True, stride=2),
-    "edvr_m": Case(4, 64, 64, 64, 64, True, deform_groups=8),
-    "basicvsrpp": Case(2, 128, 64, 64, 64, True, deform_groups=16),
-    "x101": Case(1, 256, 256, 50, 84, False, groups=32),
-    "bevdepth": Case(6, 512, 512, 16, 44, False, groups=4),
-    "dekr": Case(1, 255, 255, 64, 64, False, groups=17, deform_groups=17),
-    "train": Case(8, 256, 256, 14, 14, True),
+    "r50_c3": Case("ResNet-50 DCNv2, stage 3", 1, 128, 128, 100, 168, True),
+    "r50_c4": Case("ResNet-50 DCNv2, stage 4", 1, 256, 256, 50, 84, True),
+    "r50_c5": Case("ResNet-50 DCNv1, stage 5", 1, 512, 512, 25, 42, False),
+    "r50_c4_s2": Case("ResNet-50 DCNv2, first block of stage 4", 1, 256, 256, 100, 168, True, stride=2),
+    "edvr_m": Case("EDVR-M, PCD alignment, training", 4, 64, 64, 64, 64, True, deform_groups=8),
+    "basicvsrpp": Case("BasicVSR++, training", 2, 128, 64, 64, 64, True, deform_groups=16),
+    "x101": Case("ResNeXt-101 32x4d DCNv1", 1, 256, 256, 50, 84, False, groups=32),
+    "bevdepth": Case("BEVDepth, depth net", 6, 512, 512, 16, 44, False, groups=4),
+    "dekr": Case("DEKR", 1, 255, 255, 64, 64, False, groups=17, deform_groups=17),
+    "train": Case("CenterNet-like, small maps, training", 8, 256, 256, 14, 14, True),
+    "r50_c4_dg4": Case("ResNet-50 mdconv group4", 1, 256, 256, 50, 84, True, deform_groups=4),
+    "tood": Case("TOOD, deform_sampling", 1, 4, 4, 100, 168, False, kernel=1, padding=0, groups=4, deform_groups=4),
+    "posewarper": Case("PoseWarper", 1, 17, 17, 96, 72, False, padding=12, dilation=12, deform_groups=17),
+    "solov2": Case("SOLOv2, odd channel count", 1, 258, 256, 40, 40, True),
+    "edvr_test": Case("EDVR, a frame at test", 1, 64, 64, 180, 320, True, deform_groups=8),
+    "centerpoint": Case("CenterPoint", 1, 64, 64, 128, 128, False, groups=4),
+    "centernet_b16": Case("CenterNet R18 neck, training", 16, 64, 64, 64, 64, True),
+    "reppoints_p7": Case("RepPoints, coarsest level: few pixels", 1, 256, 256, 7, 11, False),
 }

@@ -1,207 +1,286 @@
-"""Times deformable convolution against what else there is, and prints ratios.
+"""Measures deformable convolution against what else there is: checks the numbers first, then times all in turn.
 
-    python benchmarks/run.py [--cases r50_c3,edvr_m] [--repeats 9] [--json results.json]
+    python benchmarks/run.py [--cases r50_c3,edvr_m] [--quick] [--out FOLDER]
 
-Checks the numbers first, then measures all competitors of a case in turn, again and again, so that a machine that
-changes its speed changes it for all. The figures are medians in milliseconds; "x conv" is the ratio to XLA's plain
-convolution of the same shape and format. torchvision takes part if it can be imported.
+The competitors are those in competitors.py, as far as they are installed (`pip install -e ".[bench]"`). Each number of
+threads has a process of its own, because XLA's is fixed when a process starts. Everything of a case and direction is
+timed in turn, round after round, across the processes, so a machine that changes its speed changes it for all: the
+ratios are the result. Writes results.json, table.md and chart.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from cases import CASES, Case
-from jax import lax
+from cases import CASES, Arrays, to_nchw, to_nhwc
+from chart import draw
+from competitors import BOTH, COMPETITORS, REFERENCE, Problem, Run, imported
+from report import cores, environment, markdown, write_json
 
-import jax_dcn
+# Largest error against the plain-XLA form in float32, relative to the largest value. float32: a few hundred roundings.
+# bfloat16: twice the rounding of the result, since everything up to it is in float32.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2.0**-8}
 
-# Largest error against the plain-XLA form, relative to the largest value: a few hundred roundings of float32.
-TOLERANCE = 2e-5
+DIRECTIONS = ("forward", "both")
 
-Run = Callable[[], Any]
-
-
-def to_nchw(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {
-        name: operand.transpose((3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2))
-        for name, operand in operands.items()
-    }
+# A run this long has no use for a warm-up, one beyond SLOW seconds is measured once, and in between there are only as
+# many rounds as fit in BUDGET seconds.
+LONG, SLOW, BUDGET = 0.2, 2.0, 3.0
 
 
-def deform(case: Case, data_format: str) -> Callable[[dict[str, jax.Array]], jax.Array]:
-    def function(operands):
-        return jax_dcn.deform_conv2d(**operands, **case.static, data_format=data_format)
-
-    return function
+class Key(NamedTuple):
+    dtype: str
+    competitor: str
 
 
-def plain(case: Case, data_format: str) -> Callable[[dict[str, jax.Array]], jax.Array]:
-    weight_format = {"NHWC": "HWIO", "NCHW": "OIHW"}[data_format]
-
-    def function(operands):
-        return lax.conv_general_dilated(
-            operands["x"],
-            operands["weight"],
-            window_strides=(case.stride,) * 2,
-            padding=((1, 1), (1, 1)),
-            dimension_numbers=(data_format, weight_format, data_format),
-            feature_group_count=case.groups,
-        )
-
-    return function
+# --- in the worker ---
 
 
-def jitted(function: Callable, operands: dict[str, jax.Array], backward: bool) -> Run:
-    if not backward:
-        call = jax.jit(function)
-        return lambda: call(operands)
-    grad_y = jnp.asarray(np.random.default_rng(1).standard_normal(jax.eval_shape(function, operands).shape), "float32")
+class Worker:
+    """The competitors with one number of threads. Its public methods are what the parent may ask for."""
 
-    @jax.jit
-    def call(operands, grad_y):
-        y, vjp = jax.vjp(function, operands)
-        return y, vjp(grad_y)[0]
+    def __init__(self, threads: int, all_threads: bool):
+        self.threads, self.all_threads = threads, all_threads
+        self.runs: dict[Key, Run] = {}
 
-    return lambda: call(operands, grad_y)
+    def versions(self) -> dict[str, str]:
+        modules = {name: imported(name) for competitor in COMPETITORS for name in competitor.modules}
+        return {name: module.__version__ for name, module in modules.items() if module is not None}
+
+    def prepare(self, case_name: str, backward: bool, dtypes: list[str]) -> dict[Key, float]:
+        """Builds the competitors and returns the seconds that their first runs took.
+
+        With all threads the plain-XLA form takes part, and the others' results are compared with its own.
+        """
+        case = CASES[case_name]
+        arrays = {"NHWC": case.operands()}
+        arrays["NCHW"] = to_nchw(arrays["NHWC"])
+        self.runs.clear()
+        seconds = {}
+        expected = None
+        for competitor in COMPETITORS:
+            for dtype in dtypes if competitor.name != REFERENCE else ["float32"]:
+                if not competitor.takes_part(backward, dtype, self.all_threads):
+                    continue
+                operands = dict(arrays[competitor.data_format])
+                grad_y = operands.pop("grad_y")
+                run = competitor.build(Problem(case, backward, dtype, self.threads, operands, grad_y))
+                start = time.perf_counter()
+                result = run()
+                seconds[Key(dtype, competitor.name)] = time.perf_counter() - start
+                self.runs[Key(dtype, competitor.name)] = run
+                if not self.all_threads or not competitor.deformable:
+                    continue
+                result = {name: np.asarray(array, np.float32) for name, array in result.items()}
+                result = to_nhwc(result) if competitor.data_format == "NCHW" else result
+                if expected is None:
+                    expected = result
+                check(f"{case_name}, {competitor.name}, {dtype}", result, expected, TOLERANCE[dtype])
+        return seconds
+
+    def time(self, key: Key, warm_up: bool) -> float:
+        # Idle threads of the competitor before may spin for some milliseconds before they sleep.
+        time.sleep(0.01)
+        if warm_up:
+            self.runs[key]()
+        start = time.perf_counter()
+        self.runs[key]()
+        return time.perf_counter() - start
 
 
-def with_implementation(implementation: str, run: Run) -> Run:
-    """Compiles `run` with the given implementation; it keeps it afterwards."""
-    os.environ["JAX_DCN_IMPLEMENTATION"] = implementation
-    jax.block_until_ready(run())
-    del os.environ["JAX_DCN_IMPLEMENTATION"]
-    return run
+def check(label: str, actual: Arrays, expected: Arrays, tolerance: float) -> None:
+    if actual.keys() != expected.keys():
+        raise ValueError(f"{label}: has {sorted(actual)}, expected {sorted(expected)}")
+    for name, array in actual.items():
+        error = np.abs(array - expected[name]).max() / np.abs(expected[name]).max()
+        if not error <= tolerance:  # NaN fails too
+            what = "result" if name == "y" else f"gradient of {name}"
+            raise ValueError(f"{label}: the {what} is off by {error:.1e}, allowed is {tolerance:.1e}")
 
 
-def torchvision_run(case: Case, operands: dict[str, jax.Array], backward: bool) -> Run | None:
+def serve(connection: Connection, threads: int, all_threads: bool) -> None:
+    """Answers the parent's requests, (method, arguments), until there is none."""
+    worker = Worker(threads, all_threads)
+    while (request := connection.recv()) is not None:
+        method, arguments = request
+        try:
+            connection.send((getattr(worker, method)(*arguments), None))
+        except Exception:
+            connection.send((None, traceback.format_exc()))
+
+
+# --- in the parent ---
+
+
+class Process:
+    """A worker in a process that has `threads` cores, and libraries that use as many threads."""
+
+    def __init__(self, threads: int, all_threads: bool):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, threads, all_threads), daemon=True)
+        # XLA goes by NPROC, OpenMP by its own; KMP_BLOCKTIME ends the spinning of Intel's after 5 ms instead of 200.
+        os.environ.update(NPROC=str(threads), OMP_NUM_THREADS=str(threads), KMP_BLOCKTIME="5")
+        with pinned(threads):
+            self.process.start()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.connection.send((method, arguments))
+        answer, error = self.connection.recv()
+        if error:
+            raise SystemExit(error)
+        return answer
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+@contextlib.contextmanager
+def pinned(count: int) -> Iterator[None]:
+    """Processes started within it have `count` cores, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    available = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(available)[:count])
     try:
-        import torch
-        from torchvision.ops import deform_conv2d
-    except (ImportError, RuntimeError):
-        return None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    tensors = {name: torch.tensor(np.array(operand)) for name, operand in to_nchw(operands).items()}
-    for tensor in tensors.values():
-        tensor.requires_grad_(backward)
-    out = jax.eval_shape(deform(case, "NCHW"), to_nchw(operands)).shape
-    grad_y = torch.tensor(np.random.default_rng(1).standard_normal(out), dtype=torch.float32)
-
-    def run():
-        y = deform_conv2d(
-            tensors["x"], tensors["offset"], tensors["weight"], None, case.stride, 1, 1, tensors.get("mask")
-        )
-        if not backward:
-            return np.asarray(y)
-        return y, torch.autograd.grad(y, list(tensors.values()), grad_y)
-
-    return run
+        yield
+    finally:
+        os.sched_setaffinity(0, available)
 
 
-def check(name: str, actual: Any, expected: Any) -> None:
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        error = float(jnp.abs(a - e).max() / jnp.abs(e).max())
-        if not error < TOLERANCE:
-            raise SystemExit(f"{name}: error {error:.1e} against the plain-XLA form, allowed is {TOLERANCE:.0e}")
-
-
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(ts) for name, ts in times.items()}
-
-
-def benchmark(name: str, case: Case, backward: bool, repeats: int) -> dict[str, float]:
-    nhwc = case.operands()
-    nchw = to_nchw(nhwc)
-    runs = {
-        "jax_dcn NHWC": jitted(deform(case, "NHWC"), nhwc, backward),
-        "jax_dcn NCHW": jitted(deform(case, "NCHW"), nchw, backward),
-        "XLA gather": with_implementation("xla", jitted(deform(case, "NHWC"), nhwc, backward)),
-        "conv NHWC": jitted(plain(case, "NHWC"), nhwc, backward),
-        "conv NCHW": jitted(plain(case, "NCHW"), nchw, backward),
+def measure(processes: dict[int, Process], case: str, direction: str, dtypes: list[str], rounds: int) -> list[dict]:
+    """One entry for each competitor, dtype and number of threads."""
+    firsts = {
+        (threads, key): first
+        for threads, process in processes.items()
+        for key, first in process.ask("prepare", case, direction == "both", dtypes).items()
     }
-    vision = torchvision_run(case, nhwc, backward)
-    if vision is not None:
-        runs["torchvision"] = vision
-    results = {label: jax.block_until_ready(run()) for label, run in runs.items()}
-    check(f"{name} NHWC", results["jax_dcn NHWC"], results["XLA gather"])
-    # The forward is checked in both formats; backward the random grad_y differs between them.
-    if not backward:
-        check(f"{name} NCHW", results["jax_dcn NCHW"].transpose(0, 2, 3, 1), results["XLA gather"])
-        if vision is not None:
-            check(f"{name} torchvision", results["torchvision"].transpose(0, 2, 3, 1), results["XLA gather"])
-    elif vision is not None:
-        y, gradients = results["torchvision"]
-        check(f"{name} torchvision", y.detach().numpy(), results["jax_dcn NCHW"][0])
-        for key, gradient in zip(nhwc, gradients, strict=True):
-            check(f"{name} torchvision {key}", gradient.numpy(), results["jax_dcn NCHW"][1][key])
-    del results
-    return measure(runs, repeats)
+    seconds = {turn: [first] if first > SLOW else [] for turn, first in firsts.items()}
+    for i in range(rounds):
+        for (threads, key), first in firsts.items():
+            if first <= SLOW and i < max(2, BUDGET / first):
+                seconds[threads, key].append(processes[threads].ask("time", key, first < LONG))
+    return [
+        {
+            "case": case,
+            "direction": direction,
+            "dtype": key.dtype,
+            "threads": threads,
+            "competitor": key.competitor,
+            "median_ms": round(statistics.median(times) * 1e3, 4),
+            "min_ms": round(min(times) * 1e3, 4),
+            "rounds": len(times),
+        }
+        for (threads, key), times in seconds.items()
+    ]
 
 
-def row(name: str, direction: str, times: dict[str, float]) -> str:
-    cells = [f"{name:<11}{direction:<9}"]
-    for data_format in ("NHWC", "NCHW"):
-        ours, conv = times[f"jax_dcn {data_format}"], times[f"conv {data_format}"]
-        cells.append(f"{ours:8.1f} {conv:8.1f} {ours / conv:6.2f}")
-    for other in ("XLA gather", "torchvision"):
-        if other in times:
-            cells.append(f"{times[other]:8.1f} {times[other] / times['jax_dcn NHWC']:6.1f}")
-    return " | ".join(cells)
-
-
-def environment() -> dict[str, str]:
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "jax": jax.__version__,
-        "jax_dcn": jax_dcn.__version__,
-        "commit": git.stdout.strip(),
-        "cpu": cpu,
-        "threads": str(len(os.sched_getaffinity(0))),
+def table(measurements: list[dict], threads: list[int]) -> str:
+    """jax_dcn's milliseconds in float32 with all threads, and ratios: below 1, jax_dcn is faster."""
+    medians = {
+        (m["case"], m["direction"], m["threads"], m["dtype"], m["competitor"]): m["median_ms"] for m in measurements
     }
+    formats = ("NHWC", "NCHW")
+    few, many = threads[0], threads[-1]
+    header = ["case", "direction"]
+    for data_format in formats:
+        header += [f"{data_format} ms", "/ conv", "/ engine"]
+    header += ["gather / NHWC", "framework / NHWC"]
+    header += [f"{few} / {many} threads" if few < many else "", "bf16 / f32", "bf16 / conv"]
+    rows = []
+    for case, direction in dict.fromkeys((m["case"], m["direction"]) for m in measurements):
+
+        def ms(*names, threads=many, dtype="float32", at=(case, direction)):
+            """The fastest of the named ones."""
+            return min((medians.get((*at, threads, dtype, name), float("nan")) for name in names), key=nan_last)
+
+        row = [case, direction]
+        for data_format in formats:
+            ours = ms(f"jax_dcn {data_format}")
+            row += [f"{ours:.1f}" if ours >= 10 else f"{ours:.2f}", ratio(ours, ms(f"XLA conv {data_format}"))]
+            row += [ratio(ours, ms("ONNX Runtime", "OpenVINO"))]
+        ours, bfloat16 = ms("jax_dcn NHWC"), ms("jax_dcn NHWC", dtype="bfloat16")
+        row += [ratio(ms(REFERENCE), ours), ratio(ms("torchvision", "Paddle"), ours)]
+        row += [ratio(ms("jax_dcn NHWC", threads=few), ours) if few < many else "", ratio(bfloat16, ours)]
+        row += [ratio(bfloat16, ms("XLA conv NHWC", dtype="bfloat16"))]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def nan_last(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f}" if a / b == a / b else ""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def choice(kind: type, allowed: list | None = None):
+        def parse(text: str) -> list:
+            values = [kind(value) for value in text.split(",")]
+            for value in values:
+                if allowed is not None and value not in allowed:
+                    raise argparse.ArgumentTypeError(f"{value} is none of {', '.join(map(str, allowed))}")
+            return values
+
+        return parse
+
+    default_out = Path(__file__).parent / "results" / "cpu"
+    parser.add_argument("--cases", type=choice(str, list(CASES)), default=list(CASES), metavar="NAME,...")
+    parser.add_argument("--directions", type=choice(str, list(DIRECTIONS)), default=list(DIRECTIONS))
+    parser.add_argument("--dtypes", type=choice(str, list(BOTH)), default=list(BOTH))
+    parser.add_argument("--threads", type=choice(int, list(range(1, cores() + 1))), default=[1, cores()])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="float32 with all threads in three rounds")
+    parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.dtypes, arguments.threads, arguments.rounds = ["float32"], [cores()], 3
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", help="a file to write the figures to")
-    arguments = parser.parse_args()
-
-    jax_dcn.show_config()
-    report = {"environment": environment(), "milliseconds": {}}
-    print("\nmilliseconds              NHWC                       NCHW             XLA gather      torchvision")
-    print("case       direction    jax_dcn     conv x conv |  jax_dcn     conv x conv |           x NHWC       x NHWC")
-    for name in arguments.cases.split(","):
-        for direction in ("fwd", "fwd+bwd"):
-            times = benchmark(name, CASES[name], direction != "fwd", arguments.repeats)
-            report["milliseconds"][f"{name} {direction}"] = times
-            print(row(name, direction, times), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(report, file, indent=1)
+    arguments = parse_arguments()
+    threads = sorted(set(arguments.threads))
+    processes = {count: Process(count, count == threads[-1]) for count in threads}
+    report = {
+        "environment": environment(),
+        "versions": processes[threads[-1]].ask("versions"),
+        "threads": threads,
+        "tolerance": TOLERANCE,
+        "measurements": [],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for case in arguments.cases:
+        for direction in arguments.directions:
+            start = time.perf_counter()
+            report["measurements"] += measure(processes, case, direction, arguments.dtypes, arguments.rounds)
+            print(f"{case}, {direction}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            write_json(arguments.out / "results.json", report)
+    for process in processes.values():
+        process.close()
+    text = table(report["measurements"], threads)
+    (arguments.out / "table.md").write_text(text + "\n")
+    if imported("matplotlib"):
+        draw(report, arguments.out / "chart.svg")
+    print(text)
 
 
 if __name__ == "__main__":
