@@ -29,11 +29,19 @@ def environment() -> dict[str, Any]:
     return {
         "processor": processor,
         "cores": cores(),
+        "load_average": os.getloadavg()[0],  # of the last minute: above 1 or so, others were at work too
         "platform": platform.platform(),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "config": config.getvalue().splitlines(),
     }
+
+
+def caption(environment: dict[str, Any]) -> str:
+    changed = ", with uncommitted changes" if environment["uncommitted_changes"] else ""
+    lines = [f"{environment['processor']}, {environment['cores']} cores, load {environment['load_average']:.1f}"]
+    lines += [f"commit {environment['commit']}{changed}", *environment["config"]]
+    return "\n".join(["```", *lines, "```"])
 
 
 def cores() -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from cases import CASES, Arrays, to_nchw, to_nhwc
 from chart import draw
 from competitors import BOTH, COMPETITORS, REFERENCE, Problem, Run, imported
-from report import cores, environment, markdown, write_json
+from report import caption, cores, environment, markdown, write_json
 
 # Largest error against the plain-XLA form in float32, relative to the largest value. float32: a few hundred roundings.
 # bfloat16: twice the rounding of the result, since everything up to it is in float32.
@@ -35,8 +35,8 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2.0**-8}
 
 DIRECTIONS = ("forward", "both")
 
-# A run this long has no use for a warm-up, one beyond SLOW seconds is measured once, and in between there are only as
-# many rounds as fit in BUDGET seconds.
+# A run of LONG seconds has no use for a warm-up. One beyond SLOW is measured once, in float32 with all threads only. In
+# between there are as many rounds as fit in BUDGET seconds.
 LONG, SLOW, BUDGET = 0.2, 2.0, 3.0
 
 
@@ -59,10 +59,11 @@ class Worker:
         modules = {name: imported(name) for competitor in COMPETITORS for name in competitor.modules}
         return {name: module.__version__ for name, module in modules.items() if module is not None}
 
-    def prepare(self, case_name: str, backward: bool, dtypes: list[str]) -> dict[Key, float]:
+    def prepare(self, case_name: str, backward: bool, dtypes: list[str], left_out: set[str]) -> dict[Key, float]:
         """Builds the competitors and returns the seconds that their first runs took.
 
-        With all threads the plain-XLA form takes part, and the others' results are compared with its own.
+        With all threads the plain-XLA form takes part, and the others' results are compared with its own. A competitor
+        that turns out to be slow is left out with the next dtypes.
         """
         case = CASES[case_name]
         arrays = {"NHWC": case.operands()}
@@ -72,7 +73,7 @@ class Worker:
         expected = None
         for competitor in COMPETITORS:
             for dtype in dtypes if competitor.name != REFERENCE else ["float32"]:
-                if not competitor.takes_part(backward, dtype, self.all_threads):
+                if competitor.name in left_out or not competitor.takes_part(backward, dtype, self.all_threads):
                     continue
                 operands = dict(arrays[competitor.data_format])
                 grad_y = operands.pop("grad_y")
@@ -81,6 +82,8 @@ class Worker:
                 result = run()
                 seconds[Key(dtype, competitor.name)] = time.perf_counter() - start
                 self.runs[Key(dtype, competitor.name)] = run
+                if seconds[Key(dtype, competitor.name)] > SLOW:
+                    left_out.add(competitor.name)
                 if not self.all_threads or not competitor.deformable:
                     continue
                 result = {name: np.asarray(array, np.float32) for name, array in result.items()}
@@ -164,11 +167,11 @@ def pinned(count: int) -> Iterator[None]:
 
 def measure(processes: dict[int, Process], case: str, direction: str, dtypes: list[str], rounds: int) -> list[dict]:
     """One entry for each competitor, dtype and number of threads."""
-    firsts = {
-        (threads, key): first
-        for threads, process in processes.items()
-        for key, first in process.ask("prepare", case, direction == "both", dtypes).items()
-    }
+    firsts: dict[tuple[int, Key], float] = {}
+    for threads, process in sorted(processes.items(), reverse=True):
+        slow = {key.competitor for (_, key), first in firsts.items() if first > SLOW}
+        for key, first in process.ask("prepare", case, direction == "both", dtypes, slow).items():
+            firsts[threads, key] = first
     seconds = {turn: [first] if first > SLOW else [] for turn, first in firsts.items()}
     for i in range(rounds):
         for (threads, key), first in firsts.items():
@@ -276,7 +279,13 @@ def main() -> None:
             write_json(arguments.out / "results.json", report)
     for process in processes.values():
         process.close()
-    text = table(report["measurements"], threads)
+    others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    legend = (
+        f"Milliseconds and ratios of medians, {threads[-1]} threads, float32 unless it says otherwise. conv: XLA's "
+        "plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain XLA "
+        "operations; framework: the faster of torchvision and Paddle."
+    )
+    text = "\n\n".join([caption(report["environment"]), others, legend, table(report["measurements"], threads)])
     (arguments.out / "table.md").write_text(text + "\n")
     if imported("matplotlib"):
         draw(report, arguments.out / "chart.svg")

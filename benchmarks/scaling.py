@@ -1,0 +1,217 @@
+"""How jax_dcn's cost grows with the sizes, what a small call costs, and how much memory a call needs.
+
+    python benchmarks/scaling.py [--out FOLDER]
+
+Writes scaling.json and scaling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case, to_nchw
+from competitors import Problem, Run, jax_dcn_run
+from report import caption, cores, environment, markdown, write_json
+
+import jax_dcn
+
+BASE = Case("the case that the others vary", 1, 128, 128, 64, 64, False)
+SWEEPS = {
+    "pixels": [dataclasses.replace(BASE, height=n, width=n) for n in (1, 4, 8, 16, 32, 64, 128)],
+    "taps": [dataclasses.replace(BASE, kernel=k, padding=k // 2) for k in (1, 3, 5, 7)],
+    "input channels": [dataclasses.replace(BASE, c_in=c) for c in (4, 16, 64, 128, 256, 512)],
+    "output channels": [dataclasses.replace(BASE, c_out=c) for c in (4, 16, 64, 128, 256, 512)],
+}
+IMAGES = [dataclasses.replace(BASE, height=n, width=n) for n in (64, 128, 256)]
+# Below it the fixed cost of a call shows.
+LARGE = 500_000  # multiply-adds, or a megaflop
+
+
+def build(case: Case, backward: bool, data_format: str = "NHWC") -> Run:
+    operands = case.operands()
+    operands = to_nchw(operands) if data_format == "NCHW" else operands
+    grad_y = operands.pop("grad_y")
+    return jax_dcn_run(Problem(case, backward, "float32", cores(), operands, grad_y), data_format=data_format)
+
+
+def medians(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Seconds, of calls in turn. Every turn has an untimed call first, for the caches."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, times in zip(calls, seconds, strict=True):
+            call()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+# --- cost ---
+
+
+def measure_cost(rounds: int) -> list[dict[str, Any]]:
+    entries = []
+    for sweep, cases in SWEEPS.items():
+        both = (False, True)
+        times = iter(medians([build(case, backward) for case in cases for backward in both], rounds))
+        for case in cases:
+            forward, total = next(times), next(times)
+            entries.append(
+                {
+                    "sweep": sweep,
+                    "pixels": case.height * case.width,
+                    "taps": case.kernel**2,
+                    "c_in": case.c_in,
+                    "c_out": case.c_out,
+                    "multiply_adds": case.multiply_adds,
+                    # The backward pass has two products of the forward's size.
+                    "ns_forward": forward / case.multiply_adds * 1e9,
+                    "ns_both": total / (3 * case.multiply_adds) * 1e9,
+                }
+            )
+    return entries
+
+
+def cost_tables(entries: list[dict[str, Any]]) -> str:
+    directions = {"ns_forward": "forward", "ns_both": "forward and backward"}
+    rows = [
+        [e["sweep"], *(str(e[key]) for key in ("pixels", "taps", "c_in", "c_out")), f"{e['multiply_adds'] / 1e6:.2f}"]
+        + [f"{e[key]:.4f}" for key in directions]
+        for e in entries
+    ]
+    header = ["varied", "pixels", "taps", "C_in", "C_out", "million multiply-adds", *directions.values()]
+    spreads = []
+    for sweep in SWEEPS:
+        large = [e for e in entries if e["sweep"] == sweep and e["multiply_adds"] >= LARGE]
+        values = [[e[key] for e in large] for key in directions]
+        spreads.append([sweep, *(f"{max(v) / min(v) - 1:.0%}" for v in values)])
+    return "\n\n".join(
+        [
+            "Nanoseconds per multiply-add",
+            markdown(header, rows),
+            "Spread: largest over smallest above a megaflop. A sample serves all output channels, so with few of them "
+            "the time per multiply-add must grow. With few pixels it is the reading of the weight that counts.",
+            markdown(["varied", *directions.values()], spreads),
+        ]
+    )
+
+
+# --- latency ---
+
+
+def measure_latency(rounds: int) -> dict[str, float]:
+    """Microseconds of small jitted calls, from Python and back.
+
+    The empty call is the gradient of the weight for a batch of no images: XLA drops custom calls whose result has no
+    elements, so a forward call would not do, but this one reaches the handler, which only clears one number.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    def operator(x, offset, weight):
+        return jax_dcn.deform_conv2d(x, offset, weight, padding=weight.shape[0] // 2, data_format="NHWC")
+
+    def gradient_of_weight(x, offset, weight, grad_y):
+        return jax.vjp(lambda weight: operator(x, offset, weight), weight)[1](grad_y)
+
+    def addition(x):
+        return x + 1
+
+    def gradients(x, offset, weight, grad_y):
+        return jax.vjp(operator, x, offset, weight)[1](grad_y)
+
+    small = (draw(1, 8, 8, 8), draw(1, 8, 8, 18), draw(3, 3, 8, 8))
+    programs = {
+        "no kernel: x + 1": (addition, small[:1]),
+        "empty": (gradient_of_weight, (draw(0, 1, 1, 1), draw(0, 1, 1, 2), draw(1, 1, 1, 1), draw(0, 1, 1, 1))),
+        "one pixel, one channel, kernel 1": (operator, (draw(1, 1, 1, 1), draw(1, 1, 1, 2), draw(1, 1, 1, 1))),
+        "8x8, 8 -> 8 channels, forward": (operator, small),
+        "8x8, 8 -> 8 channels, backward": (gradients, (*small, draw(1, 8, 8, 8))),
+    }
+    calls = {}
+    for name, (function, operands) in programs.items():
+        jitted = jax.jit(function)
+        if function is not addition and "custom-call" not in jitted.lower(*operands).compile().as_text():
+            raise SystemExit(f"latency, {name}: the compiled program calls no kernel")
+        calls[name] = lambda jitted=jitted, operands=operands: jax.block_until_ready(jitted(*operands))
+    return dict(zip(calls, (seconds * 1e6 for seconds in medians(list(calls.values()), rounds)), strict=True))
+
+
+# --- memory ---
+
+
+def extra_memory(case: Case, backward: bool, data_format: str) -> float:
+    """MiB that a call uses above its operands and results, in a fresh process."""
+
+    def kibibytes(key: str) -> int:
+        return int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith(key)))
+
+    run = build(case, backward, data_format)
+    ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse what was freed, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
+    before = kibibytes("VmRSS")
+    results = run()
+    return (kibibytes("VmHWM") - before) / 1024 - sum(array.nbytes for array in results.values()) / 2**20
+
+
+def measure_memory() -> list[dict[str, Any]]:
+    entries = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for case in IMAGES:
+            for data_format in ("NHWC", "NCHW"):
+                entry = {"height": case.height, "width": case.width, "channels": case.c_in, "data_format": data_format}
+                for direction, backward in (("forward", False), ("both", True)):
+                    entry[direction] = pool.submit(extra_memory, case, backward, data_format).result()
+                image = case.height * case.width * case.c_in * 4 / 2**20
+                entries.append(entry | {"image": image, "columns": image * case.kernel**2})
+    return entries
+
+
+def memory_table(entries: list[dict[str, Any]]) -> str:
+    header = ["image", "format", "forward", "forward and backward", "for scale: the image", "a column buffer"]
+    rows = [
+        [f"{e['height']} x {e['width']} x {e['channels']}", e["data_format"]]
+        + [f"{e[key]:.1f}" for key in ("forward", "both", "image", "columns")]
+        for e in entries
+    ]
+    return "MiB above operands and results\n\n" + markdown(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="of the cost; of the latency, a hundred times as many")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
+    arguments = parser.parse_args()
+
+    report = {"environment": environment(), "cost": measure_cost(arguments.rounds)}
+    report["latency_us"] = measure_latency(100 * arguments.rounds)
+    tables = [caption(report["environment"]), cost_tables(report["cost"])]
+    latency = [[name, f"{us:.1f}"] for name, us in report["latency_us"].items()]
+    tables += ["Latency of a call\n\n" + markdown(["call", "µs"], latency)]
+    if Path("/proc/self/clear_refs").exists():  # Linux
+        report["memory_mib"] = measure_memory()
+        tables += [memory_table(report["memory_mib"])]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "scaling.json", report)
+    text = "\n\n".join(tables)
+    (arguments.out / "scaling.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
