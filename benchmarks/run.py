@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -114,14 +115,15 @@ def check(label: str, actual: Arrays, expected: Arrays, tolerance: float) -> Non
 
 
 def serve(connection: Connection, threads: int, all_threads: bool) -> None:
-    """Answers the parent's requests, (method, arguments), until there is none."""
+    """Answers the parent's requests, (method, arguments), until it closes its end."""
     worker = Worker(threads, all_threads)
-    while (request := connection.recv()) is not None:
-        method, arguments = request
-        try:
-            connection.send((getattr(worker, method)(*arguments), None))
-        except Exception:
-            connection.send((None, traceback.format_exc()))
+    with contextlib.suppress(EOFError):
+        while True:
+            method, arguments = connection.recv()
+            try:
+                connection.send((getattr(worker, method)(*arguments), None))
+            except Exception:
+                connection.send((None, traceback.format_exc()))
 
 
 # --- in the parent ---
@@ -138,6 +140,7 @@ class Process:
         os.environ.update(NPROC=str(threads), OMP_NUM_THREADS=str(threads), KMP_BLOCKTIME="5")
         with pinned(threads):
             self.process.start()
+        theirs.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         self.connection.send((method, arguments))
@@ -147,7 +150,7 @@ class Process:
         return answer
 
     def close(self) -> None:
-        self.connection.send(None)
+        self.connection.close()
         self.process.join()
 
 
@@ -203,7 +206,7 @@ def table(measurements: list[dict], threads: list[int]) -> str:
     for data_format in formats:
         header += [f"{data_format} ms", "/ conv", "/ engine"]
     header += ["gather / NHWC", "framework / NHWC"]
-    header += [f"{few} / {many} threads" if few < many else "", "bf16 / f32", "bf16 / conv"]
+    header += [f"{few} / {many} threads", "bf16 / f32", "bf16 / conv"]
     rows = []
     for case, direction in dict.fromkeys((m["case"], m["direction"]) for m in measurements):
 
@@ -221,6 +224,8 @@ def table(measurements: list[dict], threads: list[int]) -> str:
         row += [ratio(ms("jax_dcn NHWC", threads=few), ours) if few < many else "", ratio(bfloat16, ours)]
         row += [ratio(bfloat16, ms("XLA conv NHWC", dtype="bfloat16"))]
         rows.append(row)
+    measured = [any(column) for column in zip(*rows, strict=True)]
+    header, *rows = [list(itertools.compress(cells, measured)) for cells in (header, *rows)]
     return markdown(header, rows)
 
 
