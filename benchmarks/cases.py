@@ -84,16 +84,16 @@ def _transposed(array: np.ndarray, name: str, weight_axes: tuple[int, ...], axes
 
 
 CASES = {
-    "r50_c3": Case("ResNet-50 DCNv2, stage 3", 1, 128, 128, 100, 168, True),
-    "r50_c4": Case("ResNet-50 DCNv2, stage 4", 1, 256, 256, 50, 84, True),
-    "r50_c5": Case("ResNet-50 DCNv1, stage 5", 1, 512, 512, 25, 42, False),
-    "r50_c4_s2": Case("ResNet-50 DCNv2, first block of stage 4", 1, 256, 256, 100, 168, True, stride=2),
+    "r50_c3": Case("ResNet-50 DCNv2, c3", 1, 128, 128, 100, 168, True),
+    "r50_c4": Case("ResNet-50 DCNv2, c4", 1, 256, 256, 50, 84, True),
+    "r50_c5": Case("ResNet-50 DCNv1, c5", 1, 512, 512, 25, 42, False),
+    "r50_c4_s2": Case("ResNet-50 DCNv2, first block of c4", 1, 256, 256, 100, 168, True, stride=2),
     "edvr_m": Case("EDVR-M, PCD alignment, training", 4, 64, 64, 64, 64, True, deform_groups=8),
     "basicvsrpp": Case("BasicVSR++, training", 2, 128, 64, 64, 64, True, deform_groups=16),
     "x101": Case("ResNeXt-101 32x4d DCNv1", 1, 256, 256, 50, 84, False, groups=32),
     "bevdepth": Case("BEVDepth, depth net", 6, 512, 512, 16, 44, False, groups=4),
     "dekr": Case("DEKR", 1, 255, 255, 64, 64, False, groups=17, deform_groups=17),
-    "train": Case("CenterNet-like, small maps, training", 8, 256, 256, 14, 14, True),
+    "train": Case("none in particular: small maps, training", 8, 256, 256, 14, 14, True),
     "r50_c4_dg4": Case("ResNet-50 mdconv group4", 1, 256, 256, 50, 84, True, deform_groups=4),
     "tood": Case("TOOD, deform_sampling", 1, 4, 4, 100, 168, False, kernel=1, padding=0, groups=4, deform_groups=4),
     "posewarper": Case("PoseWarper", 1, 17, 17, 96, 72, False, padding=12, dilation=12, deform_groups=17),

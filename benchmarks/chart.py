@@ -52,10 +52,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axis, direction in zip(axes[0], directions, strict=True):
         for i, name in enumerate(competitors):
             data_format = "NHWC" if name in ("jax_dcn NHWC", "XLA gather") else "NCHW"
-            present = [case for case in cases if (direction, case, name) in medians]
-            ratios = [
-                medians[direction, case, name] / medians[direction, case, f"XLA conv {data_format}"] for case in present
-            ]
+            conv = f"XLA conv {data_format}"
+            present = [case for case in cases if {(direction, case, name), (direction, case, conv)} <= medians.keys()]
+            ratios = [medians[direction, case, name] / medians[direction, case, conv] for case in present]
             at = [cases.index(case) + (i - (len(competitors) - 1) / 2) * thickness for case in present]
             # From 1, since a logarithmic axis has no 0: to the left is faster than the convolution.
             axis.barh(at, [r - 1 for r in ratios], thickness, left=1, color=COLOURS[name], label=name)

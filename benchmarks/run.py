@@ -94,7 +94,7 @@ class Worker:
                 check(f"{case_name}, {competitor.name}, {dtype}", result, expected, TOLERANCE[dtype])
         return seconds
 
-    def time(self, key: Key, warm_up: bool) -> float:
+    def timed(self, key: Key, warm_up: bool) -> float:
         # Idle threads of the competitor before may spin for some milliseconds before they sleep.
         time.sleep(0.01)
         if warm_up:
@@ -179,7 +179,7 @@ def measure(processes: dict[int, Process], case: str, direction: str, dtypes: li
     for i in range(rounds):
         for (threads, key), first in firsts.items():
             if first <= SLOW and i < max(2, BUDGET / first):
-                seconds[threads, key].append(processes[threads].ask("time", key, first < LONG))
+                seconds[threads, key].append(processes[threads].ask("timed", key, first < LONG))
     return [
         {
             "case": case,
@@ -217,7 +217,7 @@ def table(measurements: list[dict], threads: list[int]) -> str:
         row = [case, direction]
         for data_format in formats:
             ours = ms(f"jax_dcn {data_format}")
-            row += [f"{ours:.1f}" if ours >= 10 else f"{ours:.2f}", ratio(ours, ms(f"XLA conv {data_format}"))]
+            row += [milliseconds(ours), ratio(ours, ms(f"XLA conv {data_format}"))]
             row += [ratio(ours, ms("ONNX Runtime", "OpenVINO"))]
         ours, bfloat16 = ms("jax_dcn NHWC"), ms("jax_dcn NHWC", dtype="bfloat16")
         row += [ratio(ms(REFERENCE), ours), ratio(ms("torchvision", "Paddle"), ours)]
@@ -230,11 +230,15 @@ def table(measurements: list[dict], threads: list[int]) -> str:
 
 
 def nan_last(value: float) -> float:
-    return value if value == value else float("inf")
+    return float("inf") if value != value else value
+
+
+def milliseconds(value: float) -> str:
+    return "" if value != value else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def ratio(a: float, b: float) -> str:
-    return f"{a / b:.2f}" if a / b == a / b else ""
+    return "" if a / b != a / b else f"{a / b:.2f}"
 
 
 def parse_arguments() -> argparse.Namespace:
