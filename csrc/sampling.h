@@ -18,10 +18,11 @@ inline constexpr int kCorners = 4;
 
 template <class Real>
 struct Sample {
-  Real ly, lx;               // distance from corner 0, in [0, 1)
-  Real weight[kCorners];     // bilinear
-  int32_t corner[kCorners];  // pixel index in the image, -1 where the corner is outside
-  bool valid;                // an invalid sample is 0, with all corners outside
+  Real ly, lx;            // distance from corner 0, in [0, 1)
+  Real weight[kCorners];  // bilinear
+  int32_t index;          // of corner 0 in the image, inside or not; the others are 1, width and width + 1 further
+  bool inside[kCorners];
+  bool valid;  // an invalid sample is 0, with all corners outside
 };
 
 // The sample at (y, x) of an image of `height` by `width`. The range test stands before the conversion to integer,
@@ -49,12 +50,19 @@ JAX_DCN_INLINE Sample<Real> Locate(Real y, Real x, int32_t height, int32_t width
   const bool bottom = s.valid & (y0 < height - 1);
   const bool left = x0 >= 0;
   const bool right = x0 < width - 1;
-  const int32_t index = y0 * width + x0;
-  s.corner[0] = (top & left) ? index : -1;
-  s.corner[1] = (top & right) ? index + 1 : -1;
-  s.corner[2] = (bottom & left) ? index + width : -1;
-  s.corner[3] = (bottom & right) ? index + width + 1 : -1;
+  s.index = y0 * width + x0;
+  s.inside[0] = top & left;
+  s.inside[1] = top & right;
+  s.inside[2] = bottom & left;
+  s.inside[3] = bottom & right;
   return s;
+}
+
+// The interpolation of the corner values.
+template <class Real>
+JAX_DCN_INLINE Real Interpolate(const Real value[kCorners], Real ly, Real lx) {
+  return (value[0] * (Real(1) - lx) + value[1] * lx) * (Real(1) - ly) +
+         (value[2] * (Real(1) - lx) + value[3] * lx) * ly;
 }
 
 // The derivatives of the interpolation with respect to y and x, given the corner values, or any linear function of

@@ -120,7 +120,7 @@ def modulated_deform_conv2d(
 
 
 def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precision) -> jax.Array:
-    """Checks the operands of the public function `name` and brings them to NHWC and back."""
+    """Checks the operands of the public function `name` before the call."""
     x, offset, weight = (
         _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
     )
@@ -128,14 +128,7 @@ def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precisi
     bias = None if bias is None or (isinstance(bias, (bool, np.bool_)) and not bias) else _as_array(name, "bias", bias)
     geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
     call = _Call(geometry, to_precision(name, precision), _implementation())
-    x, offset, mask, weight, bias = _compat.equally_varying(x, offset, mask, weight, bias)
-    if data_format == "NHWC":
-        return _deform_conv2d(call, x, offset, mask, weight, bias)
-
-    x, offset = jnp.moveaxis(x, 1, 3), jnp.moveaxis(offset, 1, 3)
-    mask = None if mask is None else jnp.moveaxis(mask, 1, 3)
-    y = _deform_conv2d(call, x, offset, mask, jnp.transpose(weight, (2, 3, 1, 0)), bias)
-    return jnp.moveaxis(y, 3, 1)
+    return _deform_conv2d(call, *_compat.equally_varying(x, offset, mask, weight, bias))
 
 
 def _as_array(name: str, argument: str, value: Any) -> jax.Array:
@@ -154,7 +147,7 @@ def _implementation() -> str:
     return implementation
 
 
-# --- differentiation, on NHWC operands ---
+# --- differentiation ---
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,17 @@ class Geometry:
     dilation: Pair = (1, 1)
     groups: int = 1
     deform_groups: int = 1
+    data_format: str = "NHWC"
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels in x, offset, mask and y."""
+        return self.data_format.index("C")
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of C_out in the weight: HWIO goes with NHWC, OIHW with NCHW."""
+        return 3 if self.data_format == "NHWC" else 0
 
     @property
     def taps(self) -> int:
@@ -56,6 +67,12 @@ class Geometry:
                 (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
             )
         )
+
+    def y_shape(self, offset: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for the shapes of an offset and a weight."""
+        shape = list(offset)
+        shape[self.channel_axis] = weight[self.out_axis]
+        return tuple(shape)
 
     def repeat_groups(self, times: int) -> Geometry:
         """The geometry of `times` such convolutions, laid side by side along the channels."""
@@ -205,6 +222,7 @@ def check_operands(
         dilation=to_pair(name, "dilation", dilation, 1),
         groups=to_count(name, "groups", groups),
         deform_groups=to_count(name, "deform_groups", deform_groups),
+        data_format=data_format,
     )
     batch = x.shape[0]
     c_in, height, width = x.shape[1:] if nchw else (x.shape[3], x.shape[1], x.shape[2])

@@ -10,40 +10,59 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_dcn import native, reference
+from jax_dcn.geometry import Geometry
 
 # The gradients of the backward primitive, in the order of its results.
 GRADIENTS = ("x", "offset", "mask", "weight", "bias")
 
 
-def _deform_conv2d_xla(*operands, names, **params):
-    given = dict(zip(names, operands, strict=True))
-    return [
-        reference.deform_conv2d(
-            given["x"], given["offset"], given.get("mask"), given["weight"], given.get("bias"), **params
-        )
-    ]
+def _to_nhwc(name: str, array: jax.Array, geometry: Geometry) -> jax.Array:
+    if geometry.data_format == "NHWC" or name == "bias":
+        return array
+    return jnp.transpose(array, (2, 3, 1, 0) if name == "weight" else (0, 2, 3, 1))
+
+
+def _from_nhwc(name: str, array: jax.Array, geometry: Geometry) -> jax.Array:
+    if geometry.data_format == "NHWC" or name == "bias":
+        return array
+    return jnp.transpose(array, (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2))
+
+
+def _deform_conv2d_xla(*operands, names, geometry, **params):
+    given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
+    y = reference.deform_conv2d(
+        *(given["x"], given["offset"], given.get("mask"), given["weight"], given.get("bias")),
+        geometry=geometry,
+        **params,
+    )
+    return [_from_nhwc("y", y, geometry)]
 
 
 def _deform_conv2d_cpu(*operands, names, geometry, precision):
     given = dict(zip(names, operands, strict=True))
-    result = jax.ShapeDtypeStruct((*given["offset"].shape[:3], given["weight"].shape[3]), given["x"].dtype)
+    result = jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, given["weight"].shape), given["x"].dtype)
     return native.call(native.DEFORM_CONV2D, [result], given, geometry)
 
 
-def _deform_conv2d_backward_xla(*operands, names, wanted, **params):
-    given = dict(zip(names, operands, strict=True))
+def _deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
+    given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
     gradients = reference.deform_conv2d_backward(
-        given["grad_y"], given["x"], given["offset"], given.get("mask"), given["weight"], **params
+        *(given["grad_y"], given["x"], given["offset"], given.get("mask"), given["weight"]),
+        geometry=geometry,
+        **params,
     )
     gradients = dict(zip(GRADIENTS, gradients, strict=True))
-    return [gradients[name] for name in wanted]
+    return [_from_nhwc(name, gradients[name], geometry) for name in wanted]
 
 
 def _deform_conv2d_backward_cpu(*operands, names, geometry, precision, wanted):
     given = dict(zip(names, operands, strict=True))
-    shapes = {name: operand.shape for name, operand in given.items()} | {"bias": given["weight"].shape[3:]}
+    shapes = {name: operand.shape for name, operand in given.items()} | {
+        "bias": (given["weight"].shape[geometry.out_axis],)
+    }
     dtypes = {name: operand.dtype for name, operand in given.items()} | {"bias": given["x"].dtype}
     # Gradients of one value per pixel have its dtype, those that many samples add to come in the dtype of their sums.
     summed = reference.accumulation_dtype(given["x"].dtype)

@@ -51,6 +51,7 @@ def call(
         dilation=np.array(geometry.dilation, np.int64),
         groups=np.int64(geometry.groups),
         deform_groups=np.int64(geometry.deform_groups),
+        nchw=geometry.data_format == "NCHW",
         has_mask="mask" in operands,
         **flags,
     )

@@ -1,4 +1,4 @@
-"""The two primitives and their rules, on NHWC operands that `geometry.check_operands` passed.
+"""The two primitives and their rules, on operands that `geometry.check_operands` passed.
 
 `deform_conv2d_p` computes y, `deform_conv2d_backward_p` the gradients that its parameter `wanted` names. The mask
 and the bias are optional, so the parameter `names` says which operand is which. The other parameters are
@@ -35,7 +35,6 @@ def _fold(operand: jax.Array, axis: int | None, size: int, into: int) -> jax.Arr
     """Merges the mapped axis into axis `into` of the unmapped operand, as the slower index."""
     operand = _in_front(operand, axis, size)
     shape = list(operand.shape[1:])
-    into %= len(shape)
     shape[into] *= size
     return jnp.moveaxis(operand, 0, into).reshape(shape)
 
@@ -46,25 +45,28 @@ def _unfold(result: jax.Array, size: int, axis: int) -> jax.Array:
     return result.reshape(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :])
 
 
-def _fold_in_groups(operand: jax.Array, axis: int | None, size: int, groups: int) -> jax.Array:
-    """Merges the mapped axis of weight or bias into C_out, within each group."""
+def _fold_in_groups(operand: jax.Array, axis: int | None, size: int, into: int, groups: int) -> jax.Array:
+    """Merges the mapped axis of weight or bias into C_out, which is axis `into`, within each group."""
     operand = _in_front(operand, axis, size)
-    *outer, c_out = operand.shape[1:]
-    operand = operand.reshape(size, *outer, groups, c_out // groups)
-    return jnp.moveaxis(operand, 0, -2).reshape(*outer, size * c_out)
+    shape = operand.shape[1:]
+    operand = operand.reshape(size, *shape[:into], groups, shape[into] // groups, *shape[into + 1 :])
+    return jnp.moveaxis(operand, 0, into + 1).reshape(*shape[:into], size * shape[into], *shape[into + 1 :])
 
 
-def _unfold_in_groups(y: jax.Array, size: int, groups: int) -> jax.Array:
+def _unfold_in_groups(y: jax.Array, size: int, axis: int, groups: int) -> jax.Array:
     """Undoes `_fold_in_groups`: the mapped axis stands at 0 afterwards."""
-    *outer, c_out = y.shape
-    y = y.reshape(*outer, groups, size, c_out // (groups * size))
-    return jnp.moveaxis(y, -2, 0).reshape(size, *outer, c_out // size)
+    shape = y.shape
+    y = y.reshape(*shape[:axis], groups, size, shape[axis] // (groups * size), *shape[axis + 1 :])
+    return jnp.moveaxis(y, axis + 1, 0).reshape(size, *shape[:axis], shape[axis] // size, *shape[axis + 1 :])
 
 
 def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int | None], **params: Any):
     geometry, names = params["geometry"], params["names"]
     mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
     size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
+    # Output channels for weight and bias, else the array's own channels.
+    channel_axis = {name: geometry.channel_axis for name in (*_PER_IMAGE, "y")}
+    channel_axis |= {"weight": geometry.out_axis, "bias": 0}
 
     if size == 0:
         example = [
@@ -86,23 +88,27 @@ def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[
     if "grad_y" not in names and mapped.keys().isdisjoint(_PER_IMAGE):
         # Only the weight and the bias differ, so the examples are more output channels, and share the samples.
         folded = [
-            operand if name in _PER_IMAGE else _fold_in_groups(operand, axis, size, geometry.groups)
+            operand if name in _PER_IMAGE else _fold_in_groups(operand, axis, size, channel_axis[name], geometry.groups)
             for name, operand, axis in zip(names, operands, axes, strict=True)
         ]
         (y,) = primitive.bind(*folded, **params)
-        return [_unfold_in_groups(y, size, geometry.groups)], [0]
+        return [_unfold_in_groups(y, size, geometry.channel_axis, geometry.groups)], [0]
 
     # The examples are more groups.
-    folded = [_fold(operand, axis, size, -1) for operand, axis in zip(operands, axes, strict=True)]
+    folded = [
+        _fold(operand, axis, size, channel_axis[name])
+        for name, operand, axis in zip(names, operands, axes, strict=True)
+    ]
     results = primitive.bind(*folded, **dict(params, geometry=geometry.repeat_groups(size)))
-    return [_unfold(result, size, result.ndim - 1) for result in results], [result.ndim - 1 for result in results]
+    into = [channel_axis[name] for name in params.get("wanted", ("y",))]
+    return [_unfold(result, size, axis) for result, axis in zip(results, into, strict=True)], into
 
 
 # --- deform_conv2d ---
 
 
 def deform_conv2d(
-    x: jax.Array,  # (N, H, W, C_in)
+    x: jax.Array,  # NHWC: (N, H, W, C_in)
     offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
     mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
     weight: jax.Array,  # (kh, kw, C_in/groups, C_out)
@@ -114,9 +120,9 @@ def deform_conv2d(
     return y
 
 
-def _deform_conv2d_abstract(*operands, names, **params):
+def _deform_conv2d_abstract(*operands, names, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    shape = (*aval["offset"].shape[:3], aval["weight"].shape[3])
+    shape = geometry.y_shape(aval["offset"].shape, aval["weight"].shape)
     return [_reshaped(aval["x"], shape, aval["x"].sharding.spec[:1])]
 
 
@@ -124,7 +130,7 @@ def _deform_conv2d_abstract(*operands, names, **params):
 
 
 def deform_conv2d_backward(
-    grad_y: jax.Array,  # (N, H_out, W_out, C_out)
+    grad_y: jax.Array,  # NHWC: (N, H_out, W_out, C_out)
     x: jax.Array,
     offset: jax.Array,
     mask: jax.Array | None,
@@ -138,9 +144,9 @@ def deform_conv2d_backward(
     return dict(zip(wanted, gradients, strict=True))
 
 
-def _deform_conv2d_backward_abstract(*operands, names, wanted, **params):
+def _deform_conv2d_backward_abstract(*operands, names, wanted, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    aval["bias"] = _reshaped(aval["weight"], aval["weight"].shape[3:], ())
+    aval["bias"] = _reshaped(aval["weight"], (aval["weight"].shape[geometry.out_axis],), ())
     return [aval[name].update(weak_type=False) for name in wanted]
 
 

@@ -13,6 +13,7 @@
 
 #pragma once
 
+#include "arrays.h"
 #include "sampler.h"
 
 namespace jax_dcn {
@@ -26,16 +27,18 @@ class Backward {
   Backward(const Geometry& g, const BackwardArrays& arrays)
       : g_(g),
         arrays_(arrays),
+        nchw_(arrays.format == DataFormat::kNCHW),
         want_sums_(arrays.grad_offset || arrays.grad_mask),
         want_grad_samples_(want_sums_ || arrays.grad_x),
         slices_(g, kSliceChannels, kLanes<Real>),
         tap_blocks_(TapBlocks(g, slices_.max_channels())),
         max_taps_(CeilDiv(g.taps(), tap_blocks_)),
-        padded_out_(PackedSize<Real>(1, g.group_out())),
+        out_width_(PanelWidth<Real>(g.group_out())),
+        padded_out_(PackedColumns<Real>(g.group_out())),
         packed_block_(PackedBlock()),
         chunks_(ChunkCount()),
-        tiles_(CeilDiv(CeilDiv(g.batch, chunks_) * g.image_out(), kTileRows)),
-        sampler_(g, arrays.x, arrays.offset, arrays.mask, slices_),
+        tiles_(ChunkTiles(chunks_ - 1).count()),  // the last chunk is the largest
+        sampler_(g, arrays.format, arrays.offset, arrays.mask, slices_),
         band_(BandTiles()) {}
 
   bool Run(Workers& workers) const {
@@ -54,6 +57,11 @@ class Backward {
     Carver carver(shared_memory.data());
     const Shared shared(*this, carver);
 
+    const T* x = static_cast<const T*>(arrays_.x.data);
+    if (nchw_) {
+      TransposeImages(workers, g_.batch, g_.c_in, g_.image(), x, shared.x);
+      x = shared.x;
+    }
     if (want_grad_samples_) {
       const auto pack = [&](int, int64_t i) { PackBlock(i / tap_blocks_, i % tap_blocks_, shared.weights); };
       ParallelFor(workers, slices_.count() * tap_blocks_, pack);
@@ -62,7 +70,7 @@ class Backward {
       const Range band{first, Min(first + band_, tiles_)};
       const auto compute = [&](int worker, int64_t i) {
         Carver own(scratch.data() + worker * scratch_counter.used());
-        ComputeBand(i / slices_.count(), i % slices_.count(), band, shared, Scratch(*this, own));
+        ComputeBand(i / slices_.count(), i % slices_.count(), band, x, shared, Scratch(*this, own));
       };
       ParallelFor(workers, chunks_ * slices_.count(), compute);
       if (want_sums_) {
@@ -73,16 +81,18 @@ class Backward {
         ParallelFor(workers, chunks_ * band.size(), reduce);
       }
     }
-    if (chunks_ > 1) {
-      const auto add = [&](int, int64_t i) {
-        if (arrays_.grad_weight) {
-          AddChunks(shared.grad_weights, g_.weights(), Range::Piece(g_.weights(), kAddTasks, i), arrays_.grad_weight);
-        }
-        if (arrays_.grad_bias) {
-          AddChunks(shared.grad_biases, g_.c_out, Range::Piece(g_.c_out, kAddTasks, i), arrays_.grad_bias);
-        }
-      };
+    if (arrays_.grad_weight && (nchw_ || chunks_ > 1)) {
+      const auto add = [&](int, int64_t i) { AddGradWeights(shared, Range::Piece(g_.group_in(), kAddTasks, i)); };
       ParallelFor(workers, kAddTasks, add);
+    }
+    if (arrays_.grad_bias) {
+      Real* total = static_cast<Real*>(arrays_.grad_bias.data);
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+        for (int64_t o = 0; o < g_.c_out; ++o) total[o] += shared.grad_biases[(chunk - 1) * g_.c_out + o];
+      }
+    }
+    if (arrays_.grad_x && nchw_) {
+      TransposeImages(workers, g_.batch, g_.image(), g_.c_in, shared.grad_x, static_cast<Real*>(arrays_.grad_x.data));
     }
     return true;
   }
@@ -97,20 +107,27 @@ class Backward {
   static constexpr int64_t kBandBytes = 2 << 20;
   static constexpr int64_t kChunkBytes = 4 << 20;
 
-  // The gradients of a tap, of which the slices leave their parts: offset y, offset x, mask.
+  // The gradients of a tap, of which the slices leave their parts: offset y and x, and mask. Those of the offset come
+  // first, tap by tap, as in the offset itself.
   static constexpr int64_t kParts = 3;
 
-  // Memory that all threads see.
+  // Memory that all threads see. In NCHW x, grad_x and grad_weight are worked on in NHWC.
   struct Shared {
     Shared(const Backward& b, Carver& carver)
-        : weights(carver.Take<Real>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
+        : x(carver.Take<T>(b.nchw_ ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
+          grad_x(carver.Take<Real>(b.nchw_ && b.arrays_.grad_x ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
+          weights(carver.Take<Real>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
           parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
-          grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - 1) * b.g_.weights() : 0)),
-          grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {}
+          grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - (b.nchw_ ? 0 : 1)) * b.g_.weights() : 0)),
+          grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {
+      if (!b.nchw_) grad_x = static_cast<Real*>(b.arrays_.grad_x.data);
+    }
 
+    T* x;
+    Real* grad_x;
     Real* weights;       // (slice, block of taps): the transposed weights, packed
-    Real* parts;         // (chunk, slice, tile of the band, deform group, tap, kParts, kTileRows)
-    Real* grad_weights;  // (chunk but the first, weights)
+    Real* parts;         // (chunk, slice, tile of the band, deform group, kParts * taps, kTileRows)
+    Real* grad_weights;  // (chunk, weights); in NHWC the first chunk's is the result
     Real* grad_biases;   // (chunk but the first, c_out)
   };
 
@@ -121,31 +138,23 @@ class Backward {
           grad_y(carver.Take<Real>(b.slices_.max_groups() * kTileRows * b.padded_out_)),
           samples(carver.Take<Real>(b.BlockSize())),
           grad_samples(carver.Take<Real>(b.BlockSize())),
-          total(carver.Take<Real>(b.g_.taps() * kParts * kTileRows)) {}
+          total(carver.Take<Real>(kParts * b.g_.taps() * kTileRows)) {}
 
     typename Sampler<T>::Scratch sampler;
     Real* grad_y;        // (group of a slice): pixels by group_out, packed
     Real* samples;       // (pixels, taps of a block, channels of a slice)
     Real* grad_samples;  // likewise
-    Real* total;         // (taps, kParts, kTileRows)
+    Real* total;         // (kParts * taps, kTileRows)
   };
-
-  static void Zero(Real* array, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) array[i] = 0;
-  }
 
   Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
   Range Images(int64_t chunk) const { return Range::Piece(g_.batch, chunks_, chunk); }
   int64_t BlockSize() const { return kTileRows * max_taps_ * slices_.max_channels(); }
   int64_t SlicePart() const { return sampler_.max_deform_groups() * g_.taps() * kParts * kTileRows; }
 
-  // The pixels of a chunk's tile; none if the chunk has fewer tiles than the largest one.
-  Range TilePixels(int64_t chunk, int64_t tile) const {
+  TileGrid ChunkTiles(int64_t chunk) const {
     const Range images = Images(chunk);
-    const int64_t begin = images.begin * g_.image_out();
-    const int64_t end = images.end * g_.image_out();
-    const int64_t first = Min(begin + tile * kTileRows, end);
-    return {first, Min(first + kTileRows, end)};
+    return TileGrid(g_, {images.begin * g_.h_out, images.end * g_.h_out}, kTileRows);
   }
 
   int64_t ChunkCount() const {
@@ -168,57 +177,52 @@ class Backward {
   // several groups each tap and group makes its own.
   static bool Joined(const Slice& slice) { return slice.groups == 1; }
 
-  int64_t PackedBlock() const {
-    const int64_t joined = PackedSize<Real>(g_.group_out(), max_taps_ * slices_.max_channels());
-    const int64_t apart =
-        slices_.max_groups() * max_taps_ * PackedSize<Real>(g_.group_out(), Min(g_.group_in(), slices_.max_channels()));
-    return Max(joined, apart);
+  // Columns of a product.
+  int64_t Columns(const Slice& slice, Range taps) const {
+    return Joined(slice) ? taps.size() * slice.channels() : slice.group_channels;
   }
 
-  // Transposes a block of `channels` by group_out weights into the columns from `column` on.
-  void PackTransposed(const T* weight, int64_t channels, int64_t columns, int64_t column, Real* packed) const {
-    const int64_t width = PanelWidth<Real>(columns);
-    for (int64_t c = 0; c < channels; ++c, ++column) {
-      Real* out = packed + column / width * g_.group_out() * width + column % width;
-      for (int64_t o = 0; o < g_.group_out(); ++o) out[o * width] = ToReal(weight[c * g_.c_out + o]);
-    }
+  int64_t PackedBlock() const {
+    const int64_t joined = PackedColumns<Real>(max_taps_ * slices_.max_channels());
+    const int64_t apart =
+        slices_.max_groups() * max_taps_ * PackedColumns<Real>(Min(g_.group_in(), slices_.max_channels()));
+    return Max(joined, apart) * g_.group_out();
   }
 
   void PackBlock(int64_t slice_index, int64_t block, Real* weights) const {
     const Slice slice = slices_[slice_index];
     const Range taps = TapBlock(block);
+    const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
+    const int64_t columns = Columns(slice, taps);
     Real* packed = weights + (slice_index * tap_blocks_ + block) * packed_block_;
     Zero(packed, packed_block_);
     for (int64_t group = 0; group < slice.groups; ++group) {
+      const WeightView<T> weight(g_, arrays_.format, arrays_.weight, slice.first_group + group);
       for (int64_t t = taps.begin; t < taps.end; ++t) {
-        const T* from = static_cast<const T*>(arrays_.weight.data) +
-                        (t * g_.group_in() + slice.group_begin) * g_.c_out +
-                        (slice.first_group + group) * g_.group_out();
-        if (Joined(slice)) {
-          PackTransposed(from, slice.channels(), taps.size() * slice.channels(), (t - taps.begin) * slice.channels(),
-                         packed);
-        } else {
-          PackTransposed(from, slice.group_channels, slice.group_channels, 0, packed);
-          packed += PackedSize<Real>(g_.group_out(), slice.group_channels);
-        }
+        const int64_t column = Joined(slice) ? (t - taps.begin) * slice.channels() : 0;
+        PackWeightTransposed(weight, g_.group_out(), t, channels, column, PanelWidth<Real>(columns), packed);
+        if (!Joined(slice)) packed += PackedColumns<Real>(columns) * g_.group_out();
       }
     }
   }
 
   // --- a slice ---
 
-  void ComputeBand(int64_t chunk, int64_t slice_index, Range band, const Shared& shared, const Scratch& space) const {
+  void ComputeBand(int64_t chunk, int64_t slice_index, Range band, const T* x, const Shared& shared,
+                   const Scratch& space) const {
     const Slice slice = slices_[slice_index];
-    if (band.begin == 0 && arrays_.grad_x) ZeroGradX(Images(chunk), slice);
-    for (int64_t tile = band.begin; tile < band.end; ++tile) {
-      const Range pixels = TilePixels(chunk, tile);
-      if (pixels.size() == 0) break;
-      PackGradY(slice, pixels, space);
+    if (band.begin == 0 && arrays_.grad_x) ZeroGradX(Images(chunk), slice, shared.grad_x);
+    const TileGrid tiles = ChunkTiles(chunk);
+    for (int64_t tile = band.begin; tile < Min(band.end, tiles.count()); ++tile) {
+      sampler_.StartTile(tiles[tile], space.sampler);
+      const int64_t pixels = space.sampler.tile->pixels;
+      PackGradY(slice, space);
       if (arrays_.grad_bias && slice.group_begin == 0) {
-        SumGradY(slice, pixels.size(), tile > 0, Sums(chunk, arrays_.grad_bias, shared.grad_biases, g_.c_out), space);
+        Real* sums =
+            chunk == 0 ? static_cast<Real*>(arrays_.grad_bias.data) : shared.grad_biases + (chunk - 1) * g_.c_out;
+        SumGradY(slice, pixels, tile > 0, sums, space);
       }
       if (!want_grad_samples_ && !arrays_.grad_weight) continue;
-      sampler_.StartTile(pixels, space.sampler);
       sampler_.StartSlice(slice, space.sampler);
       Real* parts = nullptr;
       if (want_sums_) {
@@ -227,40 +231,53 @@ class Backward {
       for (int64_t block = 0; block < tap_blocks_; ++block) {
         const Range taps = TapBlock(block);
         if (want_grad_samples_) {
-          MultiplyWeight(slice, taps, pixels.size(),
-                         shared.weights + (slice_index * tap_blocks_ + block) * packed_block_, space);
+          MultiplyWeight(slice, taps, pixels, shared.weights + (slice_index * tap_blocks_ + block) * packed_block_,
+                         space);
         }
-        VisitBlock(slice, taps, parts, space);
+        VisitBlock(slice, taps, x, shared.grad_x, parts, space);
         if (arrays_.grad_weight) {
-          MultiplySamples(slice, taps, pixels.size(), tile > 0,
-                          Sums(chunk, arrays_.grad_weight, shared.grad_weights, g_.weights()), space);
+          MultiplySamples(slice, taps, pixels, tile > 0, GradWeight(chunk, shared), space);
         }
       }
     }
   }
 
-  void ZeroGradX(Range images, const Slice& slice) const {
-    Real* pixel = static_cast<Real*>(arrays_.grad_x.data) + images.begin * g_.image() * g_.c_in + slice.begin;
+  void ZeroGradX(Range images, const Slice& slice, Real* grad_x) const {
+    Real* pixel = grad_x + images.begin * g_.image() * g_.c_in + slice.begin;
     for (int64_t i = 0; i < images.size() * g_.image(); ++i, pixel += g_.c_in) Zero(pixel, slice.channels());
   }
 
-  void PackGradY(const Slice& slice, Range pixels, const Scratch& space) const {
+  // Packs grad_y of the tile's pixels (rows) and of each of the slice's groups (columns).
+  void PackGradY(const Slice& slice, const Scratch& space) const {
+    const Tile<Real>& tile = *space.sampler.tile;
     for (int64_t group = 0; group < slice.groups; ++group) {
-      const T* from = static_cast<const T*>(arrays_.grad_y.data) + pixels.begin * g_.c_out +
-                      (slice.first_group + group) * g_.group_out();
-      PackRows(from, g_.c_out, pixels.size(), g_.group_out(), pixels.size(), 0,
-               space.grad_y + group * kTileRows * padded_out_);
+      const int64_t first = (slice.first_group + group) * g_.group_out();
+      Real* packed = space.grad_y + group * kTileRows * padded_out_;
+      if (nchw_ && padded_out_ > g_.group_out()) Zero(packed, tile.pixels * padded_out_);
+      for (int row = 0; row < tile.height; ++row) {
+        const T* from = RowStart(g_, static_cast<const T*>(arrays_.grad_y.data), tile, row, g_.c_out, arrays_.format);
+        if (!nchw_) {
+          PackRows(from + first, g_.c_out, tile.width, g_.group_out(), out_width_, tile.pixels, row * tile.width,
+                   packed);
+          continue;
+        }
+        for (int64_t o = 0; o < g_.group_out(); o += out_width_) {
+          Transpose<Real>(from + (first + o) * g_.image_out(), g_.image_out(), Min(out_width_, g_.group_out() - o),
+                          tile.width, packed + o * tile.pixels + row * tile.width * out_width_, out_width_);
+        }
+      }
     }
   }
 
-  // Where a chunk adds up its part of a gradient of `size`.
-  static Real* Sums(int64_t chunk, const Array& result, Real* others, int64_t size) {
-    return chunk == 0 ? static_cast<Real*>(result.data) : others + (chunk - 1) * size;
+  // Where a chunk adds up its part of grad_weight, in the order of NHWC.
+  Real* GradWeight(int64_t chunk, const Shared& shared) const {
+    if (nchw_) return shared.grad_weights + chunk * g_.weights();
+    return chunk == 0 ? static_cast<Real*>(arrays_.grad_weight.data) : shared.grad_weights + (chunk - 1) * g_.weights();
   }
 
   // grad_bias (+)= the sum of grad_y's rows
   void SumGradY(const Slice& slice, int64_t rows, bool accumulate, Real* grad_bias, const Scratch& space) const {
-    const int64_t width = PanelWidth<Real>(g_.group_out());
+    const int64_t width = out_width_;
     for (int64_t group = 0; group < slice.groups; ++group) {
       const Real* panel = space.grad_y + group * kTileRows * padded_out_;
       Real* out = grad_bias + (slice.first_group + group) * g_.group_out();
@@ -276,19 +293,17 @@ class Backward {
   // grad_samples = grad_y * transposed weight
   void MultiplyWeight(const Slice& slice, Range taps, int64_t rows, const Real* packed, const Scratch& space) const {
     const int64_t row_stride = taps.size() * slice.channels();
-    const int64_t width = PanelWidth<Real>(g_.group_out());
-    const int64_t products = Joined(slice) ? 1 : taps.size();
-    const int64_t columns = Joined(slice) ? row_stride : slice.group_channels;
+    const int64_t columns = Columns(slice, taps);
     for (int64_t group = 0; group < slice.groups; ++group) {
       Left<Real> grad_y;
       grad_y.data = space.grad_y + group * kTileRows * padded_out_;
-      grad_y.stride = width;
-      grad_y.run = width;
-      grad_y.run_stride = rows * width;
-      for (int64_t t = 0; t < products; ++t) {
-        Multiply<false>(grad_y, rows, g_.group_out(), packed, columns,
+      grad_y.stride = out_width_;
+      grad_y.run = out_width_;
+      grad_y.run_stride = rows * out_width_;
+      for (int64_t t = 0; t < (Joined(slice) ? 1 : taps.size()); ++t) {
+        Multiply<false>(grad_y, rows, g_.group_out(), packed, PanelWidth<Real>(columns), columns,
                         space.grad_samples + t * slice.channels() + group * slice.group_channels, row_stride, false);
-        packed += PackedSize<Real>(g_.group_out(), columns);
+        packed += PackedColumns<Real>(columns) * g_.group_out();
       }
     }
   }
@@ -303,7 +318,7 @@ class Backward {
         samples.stride = taps.size() * slice.channels();
         samples.run = rows;
         samples.run_stride = 0;
-        Multiply<true>(samples, slice.group_channels, rows, space.grad_y + group * kTileRows * padded_out_,
+        Multiply<true>(samples, slice.group_channels, rows, space.grad_y + group * kTileRows * padded_out_, out_width_,
                        g_.group_out(),
                        grad_weight + (t * g_.group_in() + slice.group_begin) * g_.c_out +
                            (slice.first_group + group) * g_.group_out(),
@@ -314,87 +329,100 @@ class Backward {
 
   // --- the pass over the samples ---
 
-  void VisitBlock(const Slice& slice, Range taps, Real* parts, const Scratch& space) const {
+  void VisitBlock(const Slice& slice, Range taps, const T* x, Real* grad_x, Real* parts, const Scratch& space) const {
     switch ((arrays_.grad_weight ? 4 : 0) + (want_sums_ ? 2 : 0) + (arrays_.grad_x ? 1 : 0)) {
-      case 1: return VisitBlock<false, false, true>(slice, taps, parts, space);
-      case 2: return VisitBlock<false, true, false>(slice, taps, parts, space);
-      case 3: return VisitBlock<false, true, true>(slice, taps, parts, space);
-      case 4: return VisitBlock<true, false, false>(slice, taps, parts, space);
-      case 5: return VisitBlock<true, false, true>(slice, taps, parts, space);
-      case 6: return VisitBlock<true, true, false>(slice, taps, parts, space);
-      case 7: return VisitBlock<true, true, true>(slice, taps, parts, space);
+      case 1: return VisitBlock<false, false, true>(slice, taps, x, grad_x, parts, space);
+      case 2: return VisitBlock<false, true, false>(slice, taps, x, grad_x, parts, space);
+      case 3: return VisitBlock<false, true, true>(slice, taps, x, grad_x, parts, space);
+      case 4: return VisitBlock<true, false, false>(slice, taps, x, grad_x, parts, space);
+      case 5: return VisitBlock<true, false, true>(slice, taps, x, grad_x, parts, space);
+      case 6: return VisitBlock<true, true, false>(slice, taps, x, grad_x, parts, space);
+      case 7: return VisitBlock<true, true, true>(slice, taps, x, grad_x, parts, space);
     }
   }
 
   template <bool kSamples, bool kSums, bool kGradX>
-  void VisitBlock(const Slice& slice, Range taps, Real* parts, const Scratch& space) const {
+  void VisitBlock(const Slice& slice, Range taps, const T* x, Real* grad_x, Real* parts, const Scratch& space) const {
     const int64_t first_group = sampler_.DeformGroups(slice).begin;
     sampler_.template VisitBlock<kSamples, kSums, kGradX>(
-        slice, taps, space.sampler, space.samples, space.grad_samples, static_cast<Real*>(arrays_.grad_x.data),
+        slice, taps, space.sampler, x, space.samples, space.grad_samples, grad_x,
         [&](int64_t t, int64_t d, const Tap<Real>& tap) {
           if constexpr (kSums) {
-            FinishSums(tap, space.sampler, parts + ((d - first_group) * g_.taps() + t) * kParts * kTileRows);
+            Real* part = parts + (d - first_group) * kParts * g_.taps() * kTileRows;
+            FinishSums(tap, space.sampler, part + 2 * t * kTileRows, part + (2 * g_.taps() + t) * kTileRows);
           }
         });
   }
 
   // From the sums per corner to the gradients of one tap's offset and mask.
-  static void FinishSums(const Tap<Real>& tap, const typename Sampler<T>::Scratch& space, Real* part) {
-    for (int p = 0; p < space.tile->rows; ++p) {
+  static void FinishSums(const Tap<Real>& tap, const typename Sampler<T>::Scratch& space, Real* grad_offset,
+                         Real* grad_mask) {
+    for (int p = 0; p < space.tile->pixels; ++p) {
       const Real value[kCorners] = {space.sums[0][p], space.sums[1][p], space.sums[2][p], space.sums[3][p]};
-      part[p] = tap.mask[p] * DerivativeY(value, tap.lx[p]);
-      part[kTileRows + p] = tap.mask[p] * DerivativeX(value, tap.ly[p]);
-      part[2 * kTileRows + p] = (value[0] * tap.weight[0][p] + value[1] * tap.weight[1][p]) +
-                                (value[2] * tap.weight[2][p] + value[3] * tap.weight[3][p]);
+      grad_offset[p] = tap.mask[p] * DerivativeY(value, tap.lx[p]);
+      grad_offset[kTileRows + p] = tap.mask[p] * DerivativeX(value, tap.ly[p]);
+      grad_mask[p] = Interpolate(value, tap.ly[p], tap.lx[p]);
     }
   }
 
   // --- sums over the slices, and over the chunks ---
 
   void ReduceTile(int64_t chunk, Range band, int64_t tile, const Shared& shared, const Scratch& space) const {
-    const Range pixels = TilePixels(chunk, band.begin + tile);
-    if (pixels.size() == 0) return;
-    const int rows = static_cast<int>(pixels.size());
-    const int64_t channels = g_.mask_channels();
+    const TileGrid tiles = ChunkTiles(chunk);
+    if (band.begin + tile >= tiles.count()) return;
+    FillTile(g_, tiles[band.begin + tile], *space.sampler.tile);
+    const int64_t taps = g_.taps();
+    const int64_t size = kParts * taps * kTileRows;
     for (int64_t d = 0; d < g_.deform_groups; ++d) {
-      Zero(space.total, g_.taps() * kParts * kTileRows);
+      Zero(space.total, size);
       for (int64_t i = 0; i < slices_.count(); ++i) {
         const Range groups = sampler_.DeformGroups(slices_[i]);
         if (d < groups.begin || d >= groups.end) continue;
-        const Real* part = shared.parts + ((chunk * slices_.count() + i) * band_ + tile) * SlicePart() +
-                           (d - groups.begin) * g_.taps() * kParts * kTileRows;
-        for (int64_t j = 0; j < g_.taps() * kParts; ++j) {
-          for (int p = 0; p < rows; ++p) space.total[j * kTileRows + p] += part[j * kTileRows + p];
-        }
+        const Real* part =
+            shared.parts + ((chunk * slices_.count() + i) * band_ + tile) * SlicePart() + (d - groups.begin) * size;
+        for (int64_t j = 0; j < size; ++j) space.total[j] += part[j];
       }
-      for (int64_t t = 0; t < g_.taps(); ++t) {
-        const Real* total = space.total + t * kParts * kTileRows;
-        const int64_t channel = d * g_.taps() + t;
-        if (arrays_.grad_offset) {
-          StoreChannels(total, pixels.begin, rows, channels * 2, channel * 2, 2, arrays_.grad_offset);
-        }
-        if (arrays_.grad_mask) {
-          StoreChannels(total + 2 * kTileRows, pixels.begin, rows, channels, channel, 1, arrays_.grad_mask);
-        }
+      if (arrays_.grad_offset) {
+        StoreChannels(g_, space.total, *space.sampler.tile, g_.mask_channels() * 2, d * taps * 2, taps * 2,
+                      arrays_.format, arrays_.grad_offset);
+      }
+      if (arrays_.grad_mask) {
+        StoreChannels(g_, space.total + 2 * taps * kTileRows, *space.sampler.tile, g_.mask_channels(), d * taps, taps,
+                      arrays_.format, arrays_.grad_mask);
       }
     }
   }
 
-  void AddChunks(const Real* others, int64_t size, Range range, const Array& result) const {
-    Real* total = static_cast<Real*>(result.data);
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk, others += size) {
-      for (int64_t i = range.begin; i < range.end; ++i) total[i] += others[i];
+  // Adds the chunks' parts of `channels` of every group, in the order of the chunks, and lays them out.
+  void AddGradWeights(const Shared& shared, Range channels) const {
+    Real* total = static_cast<Real*>(arrays_.grad_weight.data);
+    const auto sum = [&](int64_t at) {
+      Real value = GradWeight(0, shared)[at];
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk) value += GradWeight(chunk, shared)[at];
+      return value;
+    };
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      for (int64_t t = 0; !nchw_ && t < g_.taps(); ++t) {
+        const int64_t row = (t * g_.group_in() + c) * g_.c_out;
+        for (int64_t at = row; at < row + g_.c_out; ++at) total[at] = sum(at);
+      }
+      for (int64_t o = 0; nchw_ && o < g_.c_out; ++o) {
+        Real* out = total + (o * g_.group_in() + c) * g_.taps();
+        for (int64_t t = 0; t < g_.taps(); ++t) out[t] = sum((t * g_.group_in() + c) * g_.c_out + o);
+      }
     }
   }
 
   const Geometry& g_;
   const BackwardArrays& arrays_;
+  const bool nchw_;
   const bool want_sums_;          // for the gradients of offset and mask
   const bool want_grad_samples_;  // for these and grad_x
   const Slices slices_;
   const int64_t tap_blocks_;
   const int64_t max_taps_;      // of a block
-  const int64_t padded_out_;    // columns of a group's packed grad_y
+  const int64_t out_width_;     // of the panels of a group's packed grad_y
+  const int64_t padded_out_;    // its columns
   const int64_t packed_block_;  // packed weights of a slice and block of taps
   const int64_t chunks_;        // of images
   const int64_t tiles_;         // of the largest chunk

@@ -2,10 +2,12 @@
 //
 // Threads share the tiles of output pixels. Of each tile a block of (channels x taps) is sampled into a work space
 // that stays in the L2 cache and multiplied with the packed weight, block after block, into sums of
-// (pixels x c_out), which are rounded and stored at the end.
+// (pixels x c_out), which are rounded and stored at the end. Where there are fewer tiles than threads, several threads
+// sample the same tile, each for a part of the output channels.
 
 #pragma once
 
+#include "arrays.h"
 #include "sampler.h"
 
 namespace jax_dcn {
@@ -19,42 +21,59 @@ class Forward {
   Forward(const Geometry& g, const ForwardArrays& arrays)
       : g_(g),
         arrays_(arrays),
-        slices_(g, kSliceChannels, kLanes<Real>),
+        slices_(g, SliceChannels(g), kLanes<Real>),
         tap_blocks_(TapBlocks(g, slices_.max_channels())),
-        padded_out_(PackedSize<Real>(1, g.group_out())),
-        sampler_(g, arrays.x, arrays.offset, arrays.mask, slices_) {}
+        width_(PanelWidth<Real>(g.group_out())),
+        panels_(CeilDiv(g.group_out(), width_)),
+        tiles_(g, {0, g.batch * g.h_out}, TilePixels()),
+        sampler_(g, arrays.format, arrays.offset, arrays.mask, slices_) {}
 
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) return true;
-    const Memory packed(g_.c_in * g_.taps() * padded_out_ * static_cast<int64_t>(sizeof(Real)));
+    const bool nchw = arrays_.format == DataFormat::kNCHW;
+    const Memory packed(g_.c_in * g_.taps() * panels_ * width_ * static_cast<int64_t>(sizeof(Real)));
+    const Memory copy(nchw ? g_.batch * g_.image() * g_.c_in * static_cast<int64_t>(sizeof(T)) : 0);
     Carver counter;
     Scratch(*this, counter);
     const Memory scratch(counter.used() * workers.count());
-    if (!packed || !scratch) return false;
+    if (!packed || !copy || !scratch) return false;
+
     Real* weights = reinterpret_cast<Real*>(packed.data());
+    const auto pack = [&](int, int64_t i) { PackPanel(slices_[i / panels_], i % panels_, weights); };
+    ParallelFor(workers, slices_.count() * panels_, pack);
 
-    const auto pack = [&](int, int64_t i) { PackBlock(slices_[i / tap_blocks_], TapBlock(i % tap_blocks_), weights); };
-    ParallelFor(workers, slices_.count() * tap_blocks_, pack);
+    const T* x = static_cast<const T*>(arrays_.x.data);
+    if (nchw) {
+      TransposeImages(workers, g_.batch, g_.c_in, g_.image(), x, reinterpret_cast<T*>(copy.data()));
+      x = reinterpret_cast<const T*>(copy.data());
+    }
 
-    const int64_t tiles = TileCount();
+    const int64_t parts = Min(CeilDiv(workers.count(), tiles_.count()), g_.groups * panels_);
     const auto compute = [&](int worker, int64_t i) {
       Carver carver(scratch.data() + worker * counter.used());
-      ComputeTile(Range::Piece(g_.pixels(), tiles, i), weights, Scratch(*this, carver));
+      ComputeTile(tiles_[i / parts], Range::Piece(g_.groups * panels_, parts, i % parts), x, weights,
+                  Scratch(*this, carver));
     };
-    ParallelFor(workers, tiles, compute);
+    ParallelFor(workers, tiles_.count() * parts, compute);
     return true;
   }
 
  private:
-  // At most kMaxDepth; with 128 channels three taps make a block of it.
-  static constexpr int64_t kSliceChannels = 128;
+  // Deform groups with few channels are sampled with all taps in a row, which read the same pixels. Otherwise many
+  // channels share an address: 128, of which three taps make a block of kMaxDepth.
+  static int64_t SliceChannels(const Geometry& g) {
+    return g.deform_in() * g.taps() <= kMaxDepth ? kMaxDepth / g.taps() : 128;
+  }
+  // How many tasks to aim at with smaller tiles.
+  static constexpr int64_t kTasks = 8;
 
   // A thread's work space.
   struct Scratch {
     Scratch(const Forward& f, Carver& carver)
         : sampler(f.sampler_, carver),
-          samples(carver.Take<Real>(kTileRows * kMaxDepth)),
-          sums(carver.Take<Real>(kTileRows * f.g_.c_out)) {}
+          samples(carver.Take<Real>(f.tiles_.max_pixels() * CeilDiv(f.g_.taps(), f.tap_blocks_) *
+                                    f.slices_.max_channels())),
+          sums(carver.Take<Real>(f.tiles_.max_pixels() * f.g_.c_out)) {}
 
     typename Sampler<T>::Scratch sampler;
     Real* samples;  // (pixels, taps of a block, channels of a slice)
@@ -63,70 +82,86 @@ class Forward {
 
   Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
 
-  // Full tiles, unless eight threads would share fewer than eight of them and smaller ones are worth a thread each.
-  int64_t TileCount() const {
+  // Full tiles, unless kTasks threads would share fewer than kTasks of them and smaller ones are worth a thread each.
+  int64_t TilePixels() const {
     const int64_t pixel_flops = 2 * g_.taps() * g_.group_in() * g_.c_out;
     const int64_t least = Max<int64_t>(2 * kMaxRows, CeilDiv(kTaskFlops, pixel_flops));
-    return Max(CeilDiv(g_.pixels(), kTileRows), Min<int64_t>(8, g_.pixels() / least));
+    return Min<int64_t>(kTileRows, Max(least, CeilDiv(g_.pixels(), kTasks)));
   }
 
-  // The packed weights are (slice, block of taps, group of the slice), each packed by itself.
+  // The packed weights are (slice, block of taps, group of the slice, panel).
   int64_t PackedAt(const Slice& slice, Range taps, int64_t group) const {
     return (slice.begin * g_.taps() + slice.channels() * taps.begin + group * slice.group_channels * taps.size()) *
-           padded_out_;
+           panels_ * width_;
   }
 
-  void PackBlock(const Slice& slice, Range taps, Real* weights) const {
-    const T* weight = static_cast<const T*>(arrays_.weight.data);
+  void PackPanel(const Slice& slice, int64_t panel, Real* weights) const {
+    const Range outs{panel * width_, Min((panel + 1) * width_, g_.group_out())};
+    const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
     for (int64_t group = 0; group < slice.groups; ++group) {
-      const int64_t depth = taps.size() * slice.group_channels;
-      Real* packed = weights + PackedAt(slice, taps, group);
-      for (int64_t t = taps.begin; t < taps.end; ++t) {
-        const T* rows =
-            weight + (t * g_.group_in() + slice.group_begin) * g_.c_out + (slice.first_group + group) * g_.group_out();
-        PackRows(rows, g_.c_out, slice.group_channels, g_.group_out(), depth, (t - taps.begin) * slice.group_channels,
-                 packed);
+      const WeightView<T> weight(g_, arrays_.format, arrays_.weight, slice.first_group + group);
+      for (int64_t block = 0; block < tap_blocks_; ++block) {
+        const Range taps = TapBlock(block);
+        PackWeight(weight, taps, channels, outs, width_,
+                   weights + PackedAt(slice, taps, group) + panel * taps.size() * slice.group_channels * width_);
       }
     }
   }
 
-  void ComputeTile(Range pixels, const Real* weights, const Scratch& space) const {
-    sampler_.StartTile(pixels, space.sampler);
+  // Computes the output channels of `panels`, which are counted through all groups.
+  void ComputeTile(const Rectangle& rectangle, Range panels, const T* x, const Real* weights,
+                   const Scratch& space) const {
+    sampler_.StartTile(rectangle, space.sampler);
+    const int64_t pixels = space.sampler.tile->pixels;
     for (int64_t i = 0; i < slices_.count(); ++i) {
       const Slice slice = slices_[i];
+      const Range groups{Max(slice.first_group, panels.begin / panels_),
+                         Min(slice.first_group + slice.groups, CeilDiv(panels.end, panels_))};
+      if (groups.size() <= 0) continue;
       sampler_.StartSlice(slice, space.sampler);
       for (int64_t block = 0; block < tap_blocks_; ++block) {
         const Range taps = TapBlock(block);
-        sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, space.samples, nullptr, nullptr,
+        sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, x, space.samples, nullptr, nullptr,
                                                          [](auto&&...) {});
-        for (int64_t group = 0; group < slice.groups; ++group) {
+        for (int64_t group = groups.begin; group < groups.end; ++group) {
+          const int64_t in_slice = group - slice.first_group;
+          const Range own{Max<int64_t>(0, panels.begin - group * panels_), Min(panels_, panels.end - group * panels_)};
+          const int64_t first = own.begin * width_;
+          const int64_t depth = taps.size() * slice.group_channels;
           Left<Real> samples;
-          samples.data = space.samples + group * slice.group_channels;
+          samples.data = space.samples + in_slice * slice.group_channels;
           samples.stride = taps.size() * slice.channels();
           samples.run = slice.group_channels;
           samples.run_stride = slice.channels();
-          Multiply<false>(samples, pixels.size(), taps.size() * slice.group_channels,
-                          weights + PackedAt(slice, taps, group), g_.group_out(),
-                          space.sums + (slice.first_group + group) * g_.group_out(), g_.c_out,
-                          slice.group_begin > 0 || block > 0);
+          Multiply<false>(samples, pixels, depth, weights + PackedAt(slice, taps, in_slice) + first * depth, width_,
+                          Min(own.end * width_, g_.group_out()) - first, space.sums + group * g_.group_out() + first,
+                          g_.c_out, slice.group_begin > 0 || block > 0);
         }
       }
     }
-    StoreTile(pixels, space.sums);
+    StoreTile(*space.sampler.tile, {FirstChannel(panels.begin), FirstChannel(panels.end)}, space.sums);
   }
 
-  void StoreTile(Range pixels, const Real* sums) const {
-    const T* bias = static_cast<const T*>(arrays_.bias.data);
-    T* y = static_cast<T*>(arrays_.y.data) + pixels.begin * g_.c_out;
-    const int64_t whole = g_.c_out / kLanes<Real> * kLanes<Real>;
-    const int rest = static_cast<int>(g_.c_out - whole);
-    for (int64_t p = 0; p < pixels.size(); ++p, sums += g_.c_out, y += g_.c_out) {
-      for (int64_t c = 0; c < whole; c += kLanes<Real>) {
-        Store(y + c, bias == nullptr ? Load(sums + c) : Load(sums + c) + Load(bias + c));
+  // The first output channel of a panel.
+  int64_t FirstChannel(int64_t panel) const { return panel / panels_ * g_.group_out() + panel % panels_ * width_; }
+
+  void StoreTile(const Tile<Real>& tile, Range channels, Real* sums) const {
+    if (arrays_.bias) {
+      const T* bias = static_cast<const T*>(arrays_.bias.data);
+      for (int p = 0; p < tile.pixels; ++p) {
+        for (int64_t c = channels.begin; c < channels.end; ++c) sums[p * g_.c_out + c] += ToReal(bias[c]);
       }
-      if (rest != 0) {
-        const Vector<Real> sum = LoadPart(sums + whole, rest);
-        StorePart(y + whole, bias == nullptr ? sum : sum + LoadPart(bias + whole, rest), rest);
+    }
+    sums += channels.begin;
+    for (int row = 0; row < tile.height; ++row, sums += tile.width * g_.c_out) {
+      T* y = RowStart(g_, static_cast<T*>(arrays_.y.data), tile, row, g_.c_out, arrays_.format);
+      if (arrays_.format == DataFormat::kNHWC) {
+        for (int p = 0; p < tile.width; ++p) {
+          CopyRow<Real>(sums + p * g_.c_out, static_cast<int>(channels.size()), y + p * g_.c_out + channels.begin);
+        }
+      } else {
+        Transpose<Real>(sums, g_.c_out, tile.width, channels.size(), y + channels.begin * g_.image_out(),
+                        g_.image_out());
       }
     }
   }
@@ -135,7 +170,8 @@ class Forward {
   const ForwardArrays& arrays_;
   const Slices slices_;
   const int64_t tap_blocks_;
-  const int64_t padded_out_;  // columns of a group's packed weight
+  const int64_t width_, panels_;  // of a group's packed weight
+  const TileGrid tiles_;
   const Sampler<T> sampler_;
 };
 

@@ -29,20 +29,24 @@ JAX_DCN_SIMD Int Max(Int a, Int b) {
   return a < b ? b : a;
 }
 
-// Elements of a packed matrix.
+// Columns of a packed matrix, with those that fill the last panel.
 template <class Real>
-JAX_DCN_SIMD int64_t PackedSize(int64_t depth, int64_t columns) {
+JAX_DCN_SIMD int64_t PackedColumns(int64_t columns) {
   const int64_t width = PanelWidth<Real>(columns);
-  return depth * CeilDiv(columns, width) * width;
+  return CeilDiv(columns, width) * width;
 }
 
-// Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows.
+template <class Real>
+JAX_DCN_SIMD void Zero(Real* array, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) array[i] = 0;
+}
+
+// Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows, in panels of `width`.
 template <class T>
-void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t at,
+void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth, int64_t at,
               Accumulation<T>* packed) {
   using Real = Accumulation<T>;
   constexpr int lanes = kLanes<Real>;
-  const int64_t width = PanelWidth<Real>(columns);
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t v = 0; v < width; v += lanes) {
@@ -104,7 +108,7 @@ void Block(const Left<Real>& left, int64_t depth, const Real* b, int64_t b_strid
       for (int v = 0; v < kVectors; ++v) right[v] = Load(b + v * lanes);
       JAX_DCN_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const Vector<Real> value = Broadcast(kTransposed ? a[0][i] : a[i / 3][(i % 3) * left.stride]);
+        const Vector<Real> value = Broadcast<Vector<Real>>(kTransposed ? a[0][i] : a[i / 3][(i % 3) * left.stride]);
         JAX_DCN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[i][v] += value * right[v];
       }
@@ -142,11 +146,11 @@ struct MakeBlockTable : MakeBlockTable<Real, kTransposed, kLeft - 1, kLeft - 1, 
 template <class Real, bool kTransposed, int... kRest>
 struct MakeBlockTable<Real, kTransposed, 0, kRest...> : BlockTable<Real, kTransposed, kRest...> {};
 
+// B is packed in panels of `width`, one or two vectors.
 template <bool kTransposed, class Real>
-void Multiply(const Left<Real>& left, int64_t rows, int64_t depth, const Real* packed, int64_t columns, Real* c,
-              int64_t c_stride, bool accumulate) {
+void Multiply(const Left<Real>& left, int64_t rows, int64_t depth, const Real* packed, int64_t width, int64_t columns,
+              Real* c, int64_t c_stride, bool accumulate) {
   const auto& table = MakeBlockTable<Real, kTransposed, kMaxRows>::kTable;
-  const int64_t width = PanelWidth<Real>(columns);
   const int64_t blocks = CeilDiv(rows, kMaxRows);  // of equal height but for one row
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
     const int valid = static_cast<int>(Min(width, columns - j));

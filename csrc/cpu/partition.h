@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 #include "../geometry.h"
-#include "gemm.h"
+#include "tile.h"
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
@@ -56,16 +56,6 @@ class Slices {
   int64_t size_ = 0, pieces_ = 1;  // channels of a slice, slices of a group
   int64_t groups_per_slice_ = 1;
   int64_t count_;
-};
-
-// [begin, end), the i-th of `pieces` nearly equal ranges of [0, total).
-struct Range {
-  int64_t begin, end;
-
-  static Range Piece(int64_t total, int64_t pieces, int64_t i) {
-    return {total * i / pieces, total * (i + 1) / pieces};
-  }
-  int64_t size() const { return end - begin; }
 };
 
 // The most values of one pixel that are sampled before they are multiplied: 384 as the depth of a product lets the

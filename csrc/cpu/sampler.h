@@ -3,7 +3,6 @@
 #pragma once
 
 #include "partition.h"
-#include "tile.h"
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
@@ -13,9 +12,9 @@ class Sampler {
  public:
   using Real = Accumulation<T>;
 
-  Sampler(const Geometry& g, const Array& x, const Array& offset, const Array& mask, const Slices& slices)
+  Sampler(const Geometry& g, DataFormat format, const Array& offset, const Array& mask, const Slices& slices)
       : g_(g),
-        x_(x),
+        format_(format),
         offset_(offset),
         mask_(mask),
         max_channels_(slices.max_channels()),
@@ -47,8 +46,8 @@ class Sampler {
   }
   int64_t max_deform_groups() const { return max_deform_groups_; }
 
-  void StartTile(Range pixels, const Scratch& space) const {
-    FillTile(g_, pixels.begin, static_cast<int>(pixels.size()), *space.tile);
+  void StartTile(const Rectangle& rectangle, const Scratch& space) const {
+    FillTile(g_, rectangle, *space.tile);
     for (int64_t c = 0; c < max_channels_; ++c) {
       space.zeros[c] = T{};
       space.spill[c] = 0;
@@ -60,45 +59,49 @@ class Sampler {
     const int64_t channels = g_.mask_channels();
     const int64_t first = groups.begin * g_.taps();
     const int64_t count = groups.size() * g_.taps();
-    LoadChannels(offset_, *space.tile, channels * 2, first * 2, count * 2, space.offset);
-    if (mask_) LoadChannels(mask_, *space.tile, channels, first, count, space.mask);
+    LoadChannels(g_, offset_, format_, *space.tile, channels * 2, first * 2, count * 2, space.offset);
+    if (mask_) LoadChannels(g_, mask_, format_, *space.tile, channels, first, count, space.mask);
   }
 
-  // Visits the taps of a block: see VisitTap. samples and grad_samples are (pixels, taps, channels of the slice).
-  // After each visit calls after(tap index, deform group, tap), with the sums in the work space.
-  template <bool kSamples, bool kSums, bool kGradImage, class After>
-  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, Real* samples, const Real* grad_samples,
-                  Real* grad_image, After after) const {
+  // Visits the taps of a block: see VisitTap. x and grad_x are NHWC; samples and grad_samples are (pixels, taps,
+  // channels of the slice). After each visit calls after(tap index, deform group, tap), with the sums in the work
+  // space.
+  template <bool kSamples, bool kSums, bool kGradX, class After>
+  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, const T* x, Real* samples,
+                  const Real* grad_samples, Real* grad_x, After after) const {
     const Range groups = DeformGroups(slice);
-    for (int64_t t = taps.begin; t < taps.end; ++t) {
-      for (int64_t d = groups.begin; d < groups.end; ++d) {
+    // The taps of a deform group read much the same pixels, which stay in the L1 cache if they come one after another.
+    for (int64_t d = groups.begin; d < groups.end; ++d) {
+      for (int64_t t = taps.begin; t < taps.end; ++t) {
         const int64_t i = (d - groups.begin) * g_.taps() + t;
+        const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const Real* dy = space.offset + i * 2 * kTileRows;
         const Real* mask = mask_ ? space.mask + i * kTileRows : nullptr;
-        FillTap(g_, *space.tile, t, dy, dy + kTileRows, mask, *space.tap);
+        FillTap<Real, kSums || kGradX>(g_, *space.tile, t, dy, dy + kTileRows, mask, PixelsOf(x, begin, space.zeros),
+                                       PixelsOf(grad_x, begin, space.spill), *space.tap);
 
-        const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const int64_t column = (t - taps.begin) * slice.channels() + begin - slice.begin;
         Visit<T> visit;
         visit.channels = Min(slice.end, (d + 1) * g_.deform_in()) - begin;
-        visit.c_in = g_.c_in;
         visit.row_stride = taps.size() * slice.channels();
-        visit.image = static_cast<const T*>(x_.data) + begin;
-        visit.zeros = space.zeros;
         visit.samples = kSamples ? samples + column : nullptr;
-        visit.grad_samples = kSums || kGradImage ? grad_samples + column : nullptr;
-        visit.grad_image = kGradImage ? grad_image + begin : nullptr;
-        visit.spill = space.spill;
+        visit.grad_samples = kSums || kGradX ? grad_samples + column : nullptr;
         visit.sums = space.sums;
-        VisitTap<T, kSamples, kSums, kGradImage>(*space.tile, *space.tap, visit);
+        VisitTap<T, kSamples, kSums, kGradX>(*space.tile, *space.tap, visit);
         after(t, d, *space.tap);
       }
     }
   }
 
  private:
+  template <class Element>
+  Pixels PixelsOf(const Element* array, int64_t channel, const Element* outside) const {
+    return {reinterpret_cast<intptr_t>(array + (array == nullptr ? 0 : channel)),
+            g_.c_in * static_cast<int64_t>(sizeof(Element)), reinterpret_cast<intptr_t>(outside)};
+  }
+
   const Geometry& g_;
-  const Array& x_;
+  const DataFormat format_;
   const Array& offset_;
   const Array& mask_;
   const int64_t max_channels_;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -13,8 +15,10 @@
 #define JAX_DCN_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define JAX_DCN_UNROLL JAX_DCN_PRAGMA(clang loop unroll(full))
+#define JAX_DCN_INDEPENDENT JAX_DCN_PRAGMA(clang loop vectorize(assume_safety))
 #else
 #define JAX_DCN_UNROLL JAX_DCN_PRAGMA(GCC unroll 64)
+#define JAX_DCN_INDEPENDENT JAX_DCN_PRAGMA(GCC ivdep)
 #endif
 
 namespace jax_dcn {
@@ -57,10 +61,11 @@ struct AccumulationOf<double> {
 template <class T>
 using Accumulation = typename AccumulationOf<T>::Type;
 
-template <class Real>
+// A vector of `kBytes`. Vectors of half the width serve rows of half a vector.
+template <class Real, int kBytes = kVectorBytes>
 struct VectorOf {
-  typedef Real Type __attribute__((vector_size(kVectorBytes)));
-  typedef Real Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+  typedef Real Type __attribute__((vector_size(kBytes)));
+  typedef Real Unaligned __attribute__((vector_size(kBytes), aligned(sizeof(Real)), may_alias));
 };
 template <class Real>
 using Vector = typename VectorOf<Real>::Type;
@@ -127,126 +132,268 @@ struct FromReal<Float16> {
   }
 };
 
-// --- vectors: whole ---
-
-template <class Real>
-JAX_DCN_SIMD Vector<Real> Broadcast(Real v) {
-  return v - Vector<Real>{};  // exact for -0, as adding would not be, so the compiler drops the subtraction
-}
-
-JAX_DCN_SIMD Vector<double> Load(const double* p) { return *reinterpret_cast<const VectorOf<double>::Unaligned*>(p); }
-JAX_DCN_SIMD Vector<float> Load(const float* p) { return *reinterpret_cast<const VectorOf<float>::Unaligned*>(p); }
-
-template <class T>
-JAX_DCN_SIMD Vector<Accumulation<T>> LoadEach(const T* p, int count) {
-  alignas(kVectorBytes) Accumulation<T> buffer[kLanes<Accumulation<T>>] = {};
-  for (int i = 0; i < count; ++i) buffer[i] = ToReal(p[i]);
-  return Load(buffer);
-}
-
-JAX_DCN_SIMD Vector<float> Load(const BFloat16* p) {
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t Whole __attribute__((vector_size(kVectorBytes)));
-  Half half;
-  std::memcpy(&half, p, sizeof(half));
-  return reinterpret_cast<Vector<float>>(__builtin_convertvector(half, Whole) << 16);
-}
-
-JAX_DCN_SIMD Vector<float> Load(const Float16* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  return LoadEach(p, kLanes<float>);
-#endif
-}
-
-JAX_DCN_SIMD void Store(double* p, Vector<double> v) { *reinterpret_cast<VectorOf<double>::Unaligned*>(p) = v; }
-JAX_DCN_SIMD void Store(float* p, Vector<float> v) { *reinterpret_cast<VectorOf<float>::Unaligned*>(p) = v; }
-
-template <class T>
-JAX_DCN_SIMD void StoreEach(T* p, Vector<Accumulation<T>> v, int count) {
-  alignas(kVectorBytes) Accumulation<T> buffer[kLanes<Accumulation<T>>];
-  Store(buffer, v);
-  for (int i = 0; i < count; ++i) p[i] = FromReal<T>::Convert(buffer[i]);
-}
-
-JAX_DCN_SIMD void Store(BFloat16* p, Vector<float> v) { StoreEach(p, v, kLanes<float>); }
-
-JAX_DCN_SIMD void Store(Float16* p, Vector<float> v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  StoreEach(p, v, kLanes<float>);
-#endif
-}
-
-// --- vectors: the first `count` lanes, fewer than all; the others load as 0 ---
-
-template <class T>
-JAX_DCN_SIMD Vector<Accumulation<T>> LoadPart(const T* p, int count) {
-  return LoadEach(p, count);
-}
-template <class T>
-JAX_DCN_SIMD void StorePart(T* p, Vector<Accumulation<T>> v, int count) {
-  StoreEach(p, v, count);
-}
-
-#if defined(__AVX512F__)
-JAX_DCN_SIMD Vector<float> LoadPart(const float* p, int count) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-}
-JAX_DCN_SIMD Vector<double> LoadPart(const double* p, int count) {
-  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
-}
-JAX_DCN_SIMD void StorePart(float* p, Vector<float> v, int count) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
-}
-JAX_DCN_SIMD void StorePart(double* p, Vector<double> v, int count) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v);
-}
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 JAX_DCN_SIMD __m256i FirstLanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-JAX_DCN_SIMD Vector<float> LoadPart(const float* p, int count) { return _mm256_maskload_ps(p, FirstLanes(count)); }
-JAX_DCN_SIMD void StorePart(float* p, Vector<float> v, int count) { _mm256_maskstore_ps(p, FirstLanes(count), v); }
 #endif
 
-// --- sums across lanes ---
+// --- whole vectors, of any width; V may be a scalar, which is a vector of one lane ---
+
+template <class V, class Real>
+inline constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Real));
+
+template <class V, class Real>
+JAX_DCN_SIMD V Broadcast(Real v) {
+  return v - V{};  // exact for -0, as adding would not be, so the compiler drops the subtraction
+}
+
+template <class V, class T>
+JAX_DCN_SIMD V LoadEach(const T* p, int count) {
+  using Real = std::decay_t<decltype(V{}[0])>;
+  alignas(kVectorBytes) Real buffer[kLanesOf<V, Real>] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = static_cast<Real>(ToReal(p[i]));
+  V v;
+  std::memcpy(&v, buffer, sizeof(v));
+  return v;
+}
+
+// The elements from p on, converted to V's.
+template <class V, class T>
+JAX_DCN_SIMD V LoadAs(const T* p) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return static_cast<V>(ToReal(*p));
+  } else {
+    using Real = std::decay_t<decltype(V{}[0])>;
+    constexpr int lanes = kLanesOf<V, Real>;
+    if constexpr (std::is_same_v<T, Real>) {
+      return *reinterpret_cast<const typename VectorOf<Real, sizeof(V)>::Unaligned*>(p);
+    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Real, float>) {
+      typename VectorOf<uint16_t, lanes * 2>::Type half;
+      std::memcpy(&half, p, sizeof(half));
+      return reinterpret_cast<V>(__builtin_convertvector(half, typename VectorOf<uint32_t, lanes * 4>::Type) << 16);
+#if defined(__AVX512F__)
+    } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Real, float> && lanes == 16) {
+      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
+#if defined(__AVX2__)
+    } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Real, float> && lanes == 8) {
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    } else {
+      return LoadEach<V>(p, lanes);
+    }
+  }
+}
+
+template <class T>
+JAX_DCN_SIMD Vector<Accumulation<T>> Load(const T* p) {
+  return LoadAs<Vector<Accumulation<T>>>(p);
+}
+
+template <class T, class V>
+JAX_DCN_SIMD void StoreEach(T* p, V v, int count) {
+  for (int i = 0; i < count; ++i) p[i] = FromReal<T>::Convert(v[i]);
+}
+
+template <class T, class V>
+JAX_DCN_SIMD void Store(T* p, V v) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    *p = FromReal<T>::Convert(v);
+  } else {
+    using Real = std::decay_t<decltype(V{}[0])>;
+    if constexpr (std::is_same_v<T, Real>) {
+      *reinterpret_cast<typename VectorOf<Real, sizeof(V)>::Unaligned*>(p) = v;
+    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Real, float>) {
+      using Bits = typename VectorOf<uint32_t, sizeof(V)>::Type;
+      const Bits bits = reinterpret_cast<Bits>(v);
+      const Bits rounded = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;  // as FromReal does
+      const auto half = __builtin_convertvector(rounded >> 16, typename VectorOf<uint16_t, sizeof(V) / 2>::Type);
+      std::memcpy(p, &half, sizeof(half));
+#if defined(__AVX512F__)
+    } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<V, Vector<float>>) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<V, Vector<float>>) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+    } else {
+      alignas(kVectorBytes) Real buffer[kLanesOf<V, Real>];
+      std::memcpy(buffer, &v, sizeof(v));
+      StoreEach(p, buffer, kLanesOf<V, Real>);
+    }
+  }
+}
+
+// --- the first `count` lanes of a full vector, fewer than all; the others load as 0 ---
+
+template <class V, class T>
+JAX_DCN_SIMD V LoadPartAs(const T* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+  } else {
+    return LoadEach<V>(p, count);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
+    return _mm256_maskload_ps(p, FirstLanes(count));
+  } else {
+    return LoadEach<V>(p, count);
+  }
+#else
+  return LoadEach<V>(p, count);
+#endif
+}
+
+template <class T>
+JAX_DCN_SIMD Vector<Accumulation<T>> LoadPart(const T* p, int count) {
+  return LoadPartAs<Vector<Accumulation<T>>>(p, count);
+}
+
+template <class T, class V>
+JAX_DCN_SIMD void StorePart(T* p, V v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+  } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
+    return _mm256_maskstore_ps(p, FirstLanes(count), v);
+  }
+#endif
+  StoreEach(p, v, count);
+}
+
+// --- across lanes ---
 
 // out[i] = the sum of v[i]'s lanes, for four vectors.
-template <class Real>
-JAX_DCN_SIMD void SumLanes(const Vector<Real> (&v)[4], Real (&out)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    alignas(kVectorBytes) Real lanes[kLanes<Real>];
-    Store(lanes, v[i]);
-    out[i] = lanes[0];
-    for (int j = 1; j < kLanes<Real>; ++j) out[i] += lanes[j];
+template <class V, class Real>
+JAX_DCN_SIMD void SumLanes(const V (&v)[4], Real (&out)[4]) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    for (int i = 0; i < 4; ++i) out[i] = v[i];
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      out[i] = v[i][0];
+      for (int j = 1; j < kLanesOf<V, Real>; ++j) out[i] += v[i][j];
+    }
   }
 }
 
 #if defined(__AVX2__)
-// Transposes within 128 bits while adding, so that four sums cost little more than one.
-JAX_DCN_SIMD __m256 AddTransposed(__m256 a, __m256 b, __m256 c, __m256 d) {
-  return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+// Transposes while adding, so that four sums cost little more than one; of two ways to move a lane the one that is not
+// bound to a single execution port is taken where there is a choice.
+JAX_DCN_SIMD __m256 AddPairs(__m256 a, __m256 b) {  // a0 + a1, b0 + b1, a2 + a3, b2 + b3 in each half
+  return _mm256_add_ps(_mm256_blend_ps(a, b, 0xaa), _mm256_permute_ps(_mm256_blend_ps(b, a, 0xaa), 0xb1));
 }
-JAX_DCN_SIMD __m256 AddHalves(Vector<float> v) {
-#if defined(__AVX512F__)
-  const __m512 w = v;
-  return _mm256_add_ps(_mm512_castps512_ps256(w), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(w), 1)));
-#else
-  return v;
-#endif
-}
-JAX_DCN_SIMD void SumLanes(const Vector<float> (&v)[4], float (&out)[4]) {
-  const __m256 s = AddTransposed(AddHalves(v[0]), AddHalves(v[1]), AddHalves(v[2]), AddHalves(v[3]));
+typedef VectorOf<float, 32>::Type EightFloats;
+JAX_DCN_SIMD void SumLanes(const EightFloats (&v)[4], float (&out)[4]) {
+  const __m256 a = AddPairs(v[0], v[1]);
+  const __m256 b = AddPairs(v[2], v[3]);
+  const __m256 s = _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 3, 2)));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 #endif
+#if defined(__AVX512F__)
+JAX_DCN_SIMD __m256 AddHalves(__m512 v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
+JAX_DCN_SIMD void SumLanes(const Vector<float> (&v)[4], float (&out)[4]) {
+  const EightFloats halves[4] = {AddHalves(v[0]), AddHalves(v[1]), AddHalves(v[2]), AddHalves(v[3])};
+  SumLanes(halves, out);
+}
+#endif
+
+// The lane of (a, b), counted on from a's into b's, that a step of a transposition puts into lane i: blocks of `step`
+// lanes change places between a's odd ones and b's even ones.
+constexpr int SwappedLane(int i, int step, int lanes, bool second) {
+  const bool odd = (i & step) != 0;
+  return second ? (odd ? lanes + i : i + step) : (odd ? lanes + i - step : i);
+}
+
+template <class V, int kStep, bool kSecond, int... kIndex>
+JAX_DCN_SIMD V SwapLanes(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int lanes = sizeof...(kIndex);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, SwappedLane(kIndex, kStep, lanes, kSecond)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{SwappedLane(kIndex, kStep, lanes, kSecond)...});
+#endif
+}
+
+// Transposes a square of lanes in registers.
+template <class Real, int kStep = 1>
+JAX_DCN_SIMD void TransposeLanes(Vector<Real> (&v)[kLanes<Real>]) {
+  if constexpr (kStep < kLanes<Real>) {
+    using Lanes = std::make_integer_sequence<int, kLanes<Real>>;
+    JAX_DCN_UNROLL
+    for (int i = 0; i < kLanes<Real>; ++i) {
+      if ((i & kStep) != 0) continue;
+      const Vector<Real> a = v[i], b = v[i + kStep];
+      v[i] = SwapLanes<Vector<Real>, kStep, false>(a, b, Lanes());
+      v[i + kStep] = SwapLanes<Vector<Real>, kStep, true>(a, b, Lanes());
+    }
+    TransposeLanes<Real, kStep * 2>(v);
+  }
+}
+
+// to[j][i] = from[i][j], for rows and columns within a square of lanes.
+template <class Real>
+JAX_DCN_SIMD void TransposeSquare(const Real* from, int64_t from_stride, int rows, int columns, Real* to,
+                                  int64_t to_stride) {
+  constexpr int lanes = kLanes<Real>;
+  Vector<Real> v[lanes];
+  JAX_DCN_UNROLL
+  for (int i = 0; i < lanes; ++i) {
+    const Real* row = from + i * from_stride;
+    v[i] = i >= rows ? Vector<Real>{} : columns == lanes ? Load(row) : LoadPart(row, columns);
+  }
+  TransposeLanes<Real>(v);
+  JAX_DCN_UNROLL
+  for (int j = 0; j < lanes; ++j) {
+    if (j >= columns) break;
+    Real* row = to + j * to_stride;
+    if (rows == lanes) {
+      Store(row, v[j]);
+    } else {
+      StorePart(row, v[j], rows);
+    }
+  }
+}
+
+// to[j][i] = from[i][j], for i < rows and j < columns, converted by way of Real.
+template <class Real, class From, class To>
+void Transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  if constexpr (std::is_same_v<From, Real> && std::is_same_v<To, Real>) {
+    constexpr int lanes = kLanes<Real>;
+    for (int64_t i = 0; i < rows; i += lanes) {
+      const int height = static_cast<int>(rows - i < lanes ? rows - i : lanes);
+      for (int64_t j = 0; j < columns; j += lanes) {
+        const int width = static_cast<int>(columns - j < lanes ? columns - j : lanes);
+        const Real* square = from + i * from_stride + j;
+        Real* out = to + j * to_stride + i;
+        // A whole square by itself, so that the compiler drops the conditions.
+        if (width == lanes && height == lanes) {
+          TransposeSquare(square, from_stride, lanes, lanes, out, to_stride);
+        } else {
+          TransposeSquare(square, from_stride, height, width, out, to_stride);
+        }
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = 0; i < rows; ++i) {
+        to[j * to_stride + i] = FromReal<To>::Convert(static_cast<Real>(ToReal(from[i * from_stride + j])));
+      }
+    }
+  }
+}
 
 }  // namespace JAX_DCN_TARGET
 }  // namespace jax_dcn

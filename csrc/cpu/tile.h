@@ -16,207 +16,274 @@ namespace JAX_DCN_TARGET {
 // Most pixels of a tile: eight register blocks of AVX-512. 112 x 384 floats are 172 KB, which leaves room in an L2
 // of 512 KB for the panels of the other operand.
 inline constexpr int kTileRows = 112;
+// Most pixels of a tile side by side. 16 x 7 pixels with offsets of a few pixels read a third of the image that a tile
+// of 112 x 1 would, so that it stays in the cache from tap to tap and from tile to tile.
+inline constexpr int kTileWidth = 16;
 
-// The output pixels [begin, begin + rows) of all images, in order.
+// [begin, end), or the i-th of `pieces` nearly equal ranges of [0, total).
+struct Range {
+  int64_t begin, end;
+
+  static Range Piece(int64_t total, int64_t pieces, int64_t i) {
+    return {total * i / pieces, total * (i + 1) / pieces};
+  }
+  int64_t size() const { return end - begin; }
+};
+
+// A rectangle of output pixels. Rows are counted through all images.
+struct Rectangle {
+  Range rows, columns;
+};
+
+// Cuts rows of output pixels into tiles of at most `pixels` pixels.
+class TileGrid {
+ public:
+  TileGrid(const Geometry& g, Range rows, int64_t pixels)
+      : first_row_(rows.begin),
+        rows_(rows.size()),
+        columns_(g.w_out),
+        across_(CeilDiv(columns_, kTileWidth)),
+        down_(CeilDiv(rows_, Max<int64_t>(1, pixels / CeilDiv(columns_, across_)))) {}
+
+  int64_t count() const { return across_ * down_; }
+  int64_t max_pixels() const { return CeilDiv(rows_, down_) * CeilDiv(columns_, across_); }
+
+  Rectangle operator[](int64_t i) const {
+    const Range rows = Range::Piece(rows_, down_, i / across_);
+    return {{first_row_ + rows.begin, first_row_ + rows.end}, Range::Piece(columns_, across_, i % across_)};
+  }
+
+ private:
+  int64_t first_row_, rows_, columns_;
+  int64_t across_, down_;
+};
+
 template <class Real>
 struct Tile {
-  int64_t begin;
-  int rows;
-  int64_t image[kTileRows];       // index of the first pixel of the pixel's image
-  alignas(64) Real y[kTileRows];  // where tap (0, 0) samples with no offset
+  int pixels;
+  int width, height;               // in pixels
+  int64_t first[kTileRows];        // per row of the tile: index of its first pixel, of all output pixels
+  int64_t first_image[kTileRows];  // per row: index of its image
+  int64_t image[kTileRows];        // per pixel: index of the first input pixel of its image
+  alignas(64) Real y[kTileRows];   // where tap (0, 0) samples with no offset
   alignas(64) Real x[kTileRows];
 };
 
 template <class Real>
-void FillTile(const Geometry& g, int64_t begin, int rows, Tile<Real>& tile) {
-  tile.begin = begin;
-  tile.rows = rows;
-  int64_t n = begin / g.image_out();
-  int64_t ho = begin % g.image_out() / g.w_out;
-  int64_t wo = begin % g.w_out;
-  for (int p = 0; p < rows; ++p) {
-    tile.image[p] = n * g.image();
-    tile.y[p] = static_cast<Real>(ho * g.stride_h - g.padding_h);
-    tile.x[p] = static_cast<Real>(wo * g.stride_w - g.padding_w);
-    if (++wo == g.w_out) {
-      wo = 0;
-      if (++ho == g.h_out) {
-        ho = 0;
-        ++n;
-      }
+void FillTile(const Geometry& g, const Rectangle& r, Tile<Real>& tile) {
+  tile.width = static_cast<int>(r.columns.size());
+  tile.height = static_cast<int>(r.rows.size());
+  tile.pixels = tile.width * tile.height;
+  for (int i = 0, p = 0; i < tile.height; ++i) {
+    const int64_t row = r.rows.begin + i;
+    tile.first[i] = row * g.w_out + r.columns.begin;
+    tile.first_image[i] = row / g.h_out;
+    const Real y = static_cast<Real>(row % g.h_out * g.stride_h - g.padding_h);
+    for (int64_t wo = r.columns.begin; wo < r.columns.end; ++wo, ++p) {
+      tile.image[p] = tile.first_image[i] * g.image();
+      tile.y[p] = y;
+      tile.x[p] = static_cast<Real>(wo * g.stride_w - g.padding_w);
     }
   }
 }
 
-// --- offset and mask of a tile, per channel ---
+// --- between arrays of output pixels and a tile ---
 
-// Channel by channel: the rows' cache lines, one for each pixel, stay in L1 from one channel to the next.
-template <class T, class Real>
-void TransposeRows(const T* rows, int64_t row_stride, int row_count, int64_t channels, Real* out) {
-  for (int64_t c = 0; c < channels; ++c, out += kTileRows) {
-    for (int p = 0; p < row_count; ++p) out[p] = static_cast<Real>(ToReal(rows[p * row_stride + c]));
-  }
-}
-
-// out[c][p] = channel first + c of the tile's pixel p, for an array of `row_stride` channels.
-template <class Real>
-void LoadChannels(const Array& array, const Tile<Real>& tile, int64_t row_stride, int64_t first, int64_t channels,
-                  Real* out) {
-  const int64_t start = tile.begin * row_stride + first;
+// Calls function(pointer to the array's elements).
+template <class Function>
+JAX_DCN_SIMD void WithElements(const Array& array, const Function& function) {
   switch (array.dtype) {
-    case DType::kFloat32:
-      return TransposeRows(static_cast<const float*>(array.data) + start, row_stride, tile.rows, channels, out);
-    case DType::kFloat64:
-      return TransposeRows(static_cast<const double*>(array.data) + start, row_stride, tile.rows, channels, out);
-    case DType::kBFloat16:
-      return TransposeRows(static_cast<const BFloat16*>(array.data) + start, row_stride, tile.rows, channels, out);
-    case DType::kFloat16:
-      return TransposeRows(static_cast<const Float16*>(array.data) + start, row_stride, tile.rows, channels, out);
+    case DType::kFloat32: return function(static_cast<float*>(array.data));
+    case DType::kFloat64: return function(static_cast<double*>(array.data));
+    case DType::kBFloat16: return function(static_cast<BFloat16*>(array.data));
+    case DType::kFloat16: return function(static_cast<Float16*>(array.data));
   }
 }
 
+// Where channel 0 of a row of the tile begins in an array of `channels` channels.
 template <class T, class Real>
-void TransposeColumns(const Real* in, int row_count, int64_t channels, T* rows, int64_t row_stride) {
-  for (int64_t c = 0; c < channels; ++c, in += kTileRows) {
-    for (int p = 0; p < row_count; ++p) rows[p * row_stride + c] = FromReal<T>::Convert(in[p]);
-  }
+JAX_DCN_SIMD T* RowStart(const Geometry& g, T* data, const Tile<Real>& tile, int row, int64_t channels,
+                         DataFormat format) {
+  if (format == DataFormat::kNHWC) return data + tile.first[row] * channels;
+  const int64_t image = tile.first_image[row];
+  return data + image * channels * g.image_out() + (tile.first[row] - image * g.image_out());
 }
 
-// The inverse of LoadChannels, for the pixels [begin, begin + rows).
-template <class Real>
-void StoreChannels(const Real* in, int64_t begin, int rows, int64_t row_stride, int64_t first, int64_t channels,
-                   const Array& array) {
-  const int64_t start = begin * row_stride + first;
-  switch (array.dtype) {
-    case DType::kFloat32:
-      return TransposeColumns(in, rows, channels, static_cast<float*>(array.data) + start, row_stride);
-    case DType::kFloat64:
-      return TransposeColumns(in, rows, channels, static_cast<double*>(array.data) + start, row_stride);
-    case DType::kBFloat16:
-      return TransposeColumns(in, rows, channels, static_cast<BFloat16*>(array.data) + start, row_stride);
-    case DType::kFloat16:
-      return TransposeColumns(in, rows, channels, static_cast<Float16*>(array.data) + start, row_stride);
+template <class Real, class From, class To>
+JAX_DCN_SIMD void CopyRow(const From* from, int count, To* to) {
+  using V = Vector<Real>;
+  for (; count >= kLanes<Real>; count -= kLanes<Real>, from += kLanes<Real>, to += kLanes<Real>) {
+    Store(to, LoadAs<V>(from));
   }
+  if (count > 0) StorePart(to, LoadPartAs<V>(from, count), count);
+}
+
+// out[c][p] = channel first + c of the tile's pixel p, for `count` channels.
+template <class Real>
+void LoadChannels(const Geometry& g, const Array& array, DataFormat format, const Tile<Real>& tile, int64_t channels,
+                  int64_t first, int64_t count, Real* out) {
+  WithElements(array, [&](auto* data) {
+    for (int row = 0; row < tile.height; ++row, out += tile.width) {
+      const auto* start = RowStart(g, data, tile, row, channels, format);
+      if (format == DataFormat::kNHWC) {
+        Transpose<Real>(start + first, channels, tile.width, count, out, kTileRows);
+      } else {
+        for (int64_t c = 0; c < count; ++c) {
+          CopyRow<Real>(start + (first + c) * g.image_out(), tile.width, out + c * kTileRows);
+        }
+      }
+    }
+  });
+}
+
+// The inverse of LoadChannels.
+template <class Real>
+void StoreChannels(const Geometry& g, const Real* in, const Tile<Real>& tile, int64_t channels, int64_t first,
+                   int64_t count, DataFormat format, const Array& array) {
+  WithElements(array, [&](auto* data) {
+    for (int row = 0; row < tile.height; ++row, in += tile.width) {
+      auto* start = RowStart(g, data, tile, row, channels, format);
+      if (format == DataFormat::kNHWC) {
+        Transpose<Real>(in, kTileRows, count, tile.width, start + first, channels);
+      } else {
+        for (int64_t c = 0; c < count; ++c) {
+          CopyRow<Real>(in + c * kTileRows, tile.width, start + (first + c) * g.image_out());
+        }
+      }
+    }
+  });
 }
 
 // --- one tap of one deform group ---
 
+// Pixels of some channels: those of the images of the batch, one after another, and one that stands for all pixels
+// outside them.
+struct Pixels {
+  intptr_t first;
+  int64_t stride;  // bytes
+  intptr_t outside;
+};
+
 template <class Real>
 struct Tap {
-  alignas(64) int32_t corner[kCorners][kTileRows];
-  alignas(64) Real weight[kCorners][kTileRows];
+  alignas(64) intptr_t corner[kCorners][kTileRows];       // address of the corner's pixel
+  alignas(64) intptr_t grad_corner[kCorners][kTileRows];  // the same in grad_x
+  alignas(64) Real weight[kCorners][kTileRows];           // bilinear, times the mask
   alignas(64) Real ly[kTileRows];
   alignas(64) Real lx[kTileRows];
   alignas(64) Real mask[kTileRows];  // 0 where the sample is invalid
 };
 
-// Locates the samples. dy, dx and mask are per pixel; mask may be null.
-template <class Real>
+// Locates the samples. dy, dx and mask are per pixel; mask may be null. What only the backward pass needs is
+// computed if kBackward.
+template <class Real, bool kBackward>
 void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const Real* dy, const Real* dx,
-             const Real* mask, Tap<Real>& tap) {
+             const Real* mask, Pixels x, Pixels grad_x, Tap<Real>& tap) {
   const Real tap_y = static_cast<Real>(tap_index / g.kernel_w * g.dilation_h);
   const Real tap_x = static_cast<Real>(tap_index % g.kernel_w * g.dilation_w);
   const int32_t height = static_cast<int32_t>(g.height);
   const int32_t width = static_cast<int32_t>(g.width);
-  for (int p = 0; p < tile.rows; ++p) {
+  const int64_t row = g.width * x.stride;
+  const int64_t grad_row = g.width * grad_x.stride;
+  const int pixels = tile.pixels;
+  JAX_DCN_INDEPENDENT
+  for (int p = 0; p < pixels; ++p) {
     // The sum of the first two is a whole number, so that the coordinate is rounded once.
     const Sample<Real> s = Locate((tile.y[p] + tap_y) + dy[p], (tile.x[p] + tap_x) + dx[p], height, width);
+    const Real factor = s.valid ? (mask == nullptr ? Real(1) : mask[p]) : Real(0);
+    const int64_t pixel = tile.image[p] + s.index;
+    const int64_t corner = x.first + pixel * x.stride;
+    const int64_t grad_corner = kBackward ? grad_x.first + pixel * grad_x.stride : 0;
     for (int k = 0; k < kCorners; ++k) {
-      tap.corner[k][p] = s.corner[k];
-      tap.weight[k][p] = s.weight[k];
+      tap.weight[k][p] = s.weight[k] * factor;
+      tap.corner[k][p] = s.inside[k] ? corner + (k & 1) * x.stride + (k >> 1) * row : x.outside;
+      if (kBackward) {
+        tap.grad_corner[k][p] =
+            s.inside[k] ? grad_corner + (k & 1) * grad_x.stride + (k >> 1) * grad_row : grad_x.outside;
+      }
     }
-    tap.ly[p] = s.ly;
-    tap.lx[p] = s.lx;
-    tap.mask[p] = s.valid ? Real(1) : Real(0);
-  }
-  if (mask != nullptr) {
-    for (int p = 0; p < tile.rows; ++p) tap.mask[p] = tap.mask[p] != 0 ? mask[p] : Real(0);
+    if (kBackward) {
+      tap.ly[p] = s.ly;
+      tap.lx[p] = s.lx;
+      tap.mask[p] = factor;
+    }
   }
 }
 
 // --- the channels of one tap of one deform group ---
 
-// What VisitTap reads and writes. Row p of `samples` and `grad_samples` is pixel p; the others point at the first
-// channel of the visit in an array of pixels of `c_in` channels.
+// What VisitTap reads and writes besides the pixels of x and grad_x. Row p of the first two is pixel p.
 template <class T>
 struct Visit {
   using Real = Accumulation<T>;
   int64_t channels;
-  int64_t c_in;
   int64_t row_stride;        // of samples and grad_samples
-  const T* image;            // x
-  const T* zeros;            // a pixel of zeros, for corners outside the image
   Real* samples;             // out: the modulated samples
   const Real* grad_samples;  // in: the gradient of the modulated samples
-  Real* grad_image;          // in, out: grad_x, which this adds to
-  Real* spill;               // a pixel to add to for corners outside the image
   Real (*sums)[kTileRows];   // out: per corner, the sum over channels of grad_samples * the corner's value
 };
 
 // One pass over the samples of a tile for whatever is asked for: the samples themselves, the sums from which the
-// gradients of offset and mask follow, and grad_x.
-template <class T, bool kSamples, bool kSums, bool kGradImage>
-void VisitTap(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap, const Visit<T>& visit) {
+// gradients of offset and mask follow, and grad_x. V holds the channels visited at a time, kOnce all of them.
+template <class T, class V, bool kOnce, bool kSamples, bool kSums, bool kGradX>
+void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap, const Visit<T>& visit) {
   using Real = Accumulation<T>;
-  constexpr int lanes = kLanes<Real>;
+  constexpr int lanes = kLanesOf<V, Real>;
   const int64_t whole = visit.channels / lanes * lanes;
   const int rest = static_cast<int>(visit.channels - whole);
-  for (int p = 0; p < tile.rows; ++p) {
-    Real* samples = kSamples ? visit.samples + p * visit.row_stride : nullptr;
-    const Real* grad_samples = kSums || kGradImage ? visit.grad_samples + p * visit.row_stride : nullptr;
-    if ((tap.corner[0][p] & tap.corner[1][p] & tap.corner[2][p] & tap.corner[3][p]) == -1) {
-      if (kSamples) {
-        for (int64_t c = 0; c < visit.channels; ++c) samples[c] = 0;
-      }
-      if (kSums) {
-        for (int k = 0; k < kCorners; ++k) visit.sums[k][p] = 0;
-      }
-      continue;
-    }
+  const int64_t row_stride = visit.row_stride;
+  Real* samples = visit.samples;
+  const Real* grad_samples = visit.grad_samples;
+  for (int p = 0, pixels = tile.pixels; p < pixels; ++p, samples += row_stride, grad_samples += row_stride) {
     const T* corner[kCorners];
     Real* grad_corner[kCorners];
-    Vector<Real> weight[kCorners];
+    V weight[kCorners];
+    V sum[kCorners] = {};
+    JAX_DCN_UNROLL
     for (int k = 0; k < kCorners; ++k) {
-      const int32_t index = tap.corner[k][p];
-      const int64_t at = (tile.image[p] + index) * visit.c_in;
-      corner[k] = index < 0 ? visit.zeros : visit.image + at;
-      if (kGradImage) grad_corner[k] = index < 0 ? visit.spill : visit.grad_image + at;
-      weight[k] = Broadcast(tap.weight[k][p]);
+      if (kSamples || kSums) corner[k] = reinterpret_cast<const T*>(tap.corner[k][p]);
+      if (kGradX) grad_corner[k] = reinterpret_cast<Real*>(tap.grad_corner[k][p]);
+      if (kSamples || kGradX) weight[k] = Broadcast<V>(tap.weight[k][p]);
     }
-    const Vector<Real> mask = Broadcast(tap.mask[p]);
-    Vector<Real> sum[kCorners] = {};
 
     const auto channels = [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-      Vector<Real> value[kCorners];
+      V value[kCorners];
       if constexpr (kSamples || kSums) {
+        JAX_DCN_UNROLL
         for (int k = 0; k < kCorners; ++k) value[k] = load(corner[k] + c);
       }
       if constexpr (kSamples) {
-        const Vector<Real> sample =
-            (value[0] * weight[0] + value[1] * weight[1]) + (value[2] * weight[2] + value[3] * weight[3]);
-        store(samples + c, sample * mask);
+        store(samples + c,
+              (value[0] * weight[0] + value[1] * weight[1]) + (value[2] * weight[2] + value[3] * weight[3]));
       }
-      if constexpr (kSums || kGradImage) {
-        const Vector<Real> grad = load(grad_samples + c);
+      if constexpr (kSums || kGradX) {
+        const V grad = load(grad_samples + c);
         if constexpr (kSums) {
+          JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) sum[k] += grad * value[k];
         }
-        if constexpr (kGradImage) {
-          const Vector<Real> modulated = grad * mask;
+        if constexpr (kGradX) {
+          JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) {
             Real* out = grad_corner[k] + c;
-            store(out, load(out) + modulated * weight[k]);
+            store(out, load(out) + grad * weight[k]);
           }
         }
       }
     };
-    for (int64_t c = 0; c < whole; c += lanes) {
-      channels(c, [](const auto* from) { return Load(from); }, [](Real* to, Vector<Real> v) { Store(to, v); });
-    }
-    if (rest != 0) {
-      channels(
-          whole, [rest](const auto* from) { return LoadPart(from, rest); },
-          [rest](Real* to, Vector<Real> v) { StorePart(to, v, rest); });
+    const auto load = [](const auto* from) { return LoadAs<V>(from); };
+    const auto store = [](Real* to, V v) { Store(to, v); };
+    if constexpr (kOnce) {
+      channels(0, load, store);
+    } else {
+      for (int64_t c = 0; c < whole; c += lanes) channels(c, load, store);
+      if constexpr (lanes == kLanes<Real>) {
+        if (rest != 0) {
+          channels(
+              whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
+              [rest](Real* to, V v) { StorePart(to, v, rest); });
+        }
+      }
     }
     if (kSums) {
       Real total[kCorners];
@@ -224,6 +291,25 @@ void VisitTap(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap
       for (int k = 0; k < kCorners; ++k) visit.sums[k][p] = total[k];
     }
   }
+}
+
+// Whole vectors and a part of one; half vectors where one is all, as 8 channels in a vector of 16 lanes would cross
+// cache lines for nothing; and single channels.
+template <class T, bool kSamples, bool kSums, bool kGradX>
+void VisitTap(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap, const Visit<T>& visit) {
+  using Real = Accumulation<T>;
+  constexpr int lanes = kLanes<Real>;
+  if constexpr (lanes >= 8) {
+    if (visit.channels == lanes / 2) {
+      using Half = typename VectorOf<Real, kVectorBytes / 2>::Type;
+      return VisitChannels<T, Half, true, kSamples, kSums, kGradX>(tile, tap, visit);
+    }
+  }
+  if (visit.channels == lanes) {
+    return VisitChannels<T, Vector<Real>, true, kSamples, kSums, kGradX>(tile, tap, visit);
+  }
+  if (visit.channels == 1) return VisitChannels<T, Real, true, kSamples, kSums, kGradX>(tile, tap, visit);
+  VisitChannels<T, Vector<Real>, false, kSamples, kSums, kGradX>(tile, tap, visit);
 }
 
 }  // namespace JAX_DCN_TARGET

@@ -2,10 +2,10 @@
 // operands and told the user; here is checked again what protects memory.
 
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "handlers.h"
@@ -32,6 +32,27 @@ std::optional<DType> ToDType(ffi::DataType dtype) {
 struct Attributes {
   Pair stride, padding, dilation;
   int64_t groups, deform_groups;
+  bool nchw;
+};
+
+using Shape = std::vector<int64_t>;
+
+// The shape in either format of an array of images with the given channels.
+Shape ImageShape(bool nchw, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+  return nchw ? Shape{batch, channels, height, width} : Shape{batch, height, width, channels};
+}
+
+// The shapes of a geometry's arrays.
+struct Shapes {
+  Shapes(const Geometry& g, bool nchw)
+      : x(ImageShape(nchw, g.batch, g.height, g.width, g.c_in)),
+        offset(ImageShape(nchw, g.batch, g.h_out, g.w_out, g.mask_channels() * 2)),
+        mask(ImageShape(nchw, g.batch, g.h_out, g.w_out, g.mask_channels())),
+        weight(nchw ? Shape{g.c_out, g.group_in(), g.kernel_h, g.kernel_w}
+                    : Shape{g.kernel_h, g.kernel_w, g.group_in(), g.c_out}),
+        y(ImageShape(nchw, g.batch, g.h_out, g.w_out, g.c_out)) {}
+
+  Shape x, offset, mask, weight, y;
 };
 
 // The first error of a handler's checks, and how arrays that passed come out of its buffers.
@@ -52,8 +73,10 @@ class Checker {
     if (a.stride.size() != 2 || a.padding.size() != 2 || a.dilation.size() != 2) {
       return Fail("stride, padding and dilation must be pairs"), g;
     }
-    g.batch = image[0], g.height = image[1], g.width = image[2], g.c_in = image[3];
-    g.kernel_h = kernel[0], g.kernel_w = kernel[1], g.c_out = kernel[3];
+    const int pixels = a.nchw ? 2 : 1;
+    g.batch = image[0], g.height = image[pixels], g.width = image[pixels + 1], g.c_in = image[a.nchw ? 1 : 3];
+    const int taps = a.nchw ? 2 : 0;
+    g.kernel_h = kernel[taps], g.kernel_w = kernel[taps + 1], g.c_out = kernel[a.nchw ? 0 : 3];
     g.stride_h = a.stride[0], g.stride_w = a.stride[1];
     g.padding_h = a.padding[0], g.padding_w = a.padding[1];
     g.dilation_h = a.dilation[0], g.dilation_w = a.dilation[1];
@@ -66,7 +89,7 @@ class Checker {
     if (g.c_in % g.groups != 0 || g.c_out % g.groups != 0 || g.c_in % g.deform_groups != 0) {
       return Fail("channels must be multiples of the groups"), g;
     }
-    if (kernel[2] != g.group_in()) return Fail("weight must have C_in / groups input channels"), g;
+    if (kernel[a.nchw ? 1 : 2] != g.group_in()) return Fail("weight must have C_in / groups input channels"), g;
     // Pixels are counted, and regular coordinates computed, in 32 bits.
     if (!FitsImage(g)) return Fail("an image and its padding must be smaller than 2^31 pixels"), g;
     g.h_out = OutputSize(g.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h);
@@ -75,17 +98,17 @@ class Checker {
     return g;
   }
 
-  Array ToArray(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> shape) {
+  Array ToArray(const char* name, ffi::AnyBuffer buffer, const Shape& shape) {
     const auto dimensions = buffer.dimensions();
     bool same = dimensions.size() == shape.size();
-    for (size_t i = 0; same && i < shape.size(); ++i) same = dimensions[i] == shape.begin()[i];
+    for (size_t i = 0; same && i < shape.size(); ++i) same = dimensions[i] == shape[i];
     if (!same) Fail(std::string(name) + " has a wrong shape");
     const std::optional<DType> dtype = ToDType(buffer.element_type());
     if (!dtype) Fail(std::string(name) + " has an unsupported type");
     return {buffer.untyped_data(), dtype.value_or(DType::kFloat32)};
   }
 
-  Array ToArray(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> shape, DType dtype) {
+  Array ToArray(const char* name, ffi::AnyBuffer buffer, const Shape& shape, DType dtype) {
     const Array array = ToArray(name, buffer, shape);
     if (array.dtype != dtype) Fail(std::string(name) + " has a wrong type");
     return array;
@@ -142,62 +165,62 @@ ffi::Error Run(bool (*Kernels::*kernel)(const Geometry&, const Arrays&, Workers&
 
 ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
                         ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride, Pair padding,
-                        Pair dilation, int64_t groups, int64_t deform_groups, bool has_mask) {
+                        Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask) {
   Checker check;
-  const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups});
+  const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups, nchw});
   if (!check.ok()) return check.error();
+  const Shapes shapes(g, nchw);
   ForwardArrays arrays;
-  arrays.x = check.ToArray("x", x, {g.batch, g.height, g.width, g.c_in});
+  arrays.format = nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
+  arrays.x = check.ToArray("x", x, shapes.x);
   const DType dtype = arrays.x.dtype;
-  arrays.offset = check.ToArray("offset", offset, {g.batch, g.h_out, g.w_out, g.mask_channels() * 2});
-  arrays.weight = check.ToArray("weight", weight, {g.kernel_h, g.kernel_w, g.group_in(), g.c_out}, dtype);
+  arrays.offset = check.ToArray("offset", offset, shapes.offset);
+  arrays.weight = check.ToArray("weight", weight, shapes.weight, dtype);
   if (has_mask) {
     const ffi::AnyBuffer mask = check.Value(optional.get<ffi::AnyBuffer>(0), x);
-    arrays.mask = check.ToArray("mask", mask, {g.batch, g.h_out, g.w_out, g.mask_channels()});
+    arrays.mask = check.ToArray("mask", mask, shapes.mask);
   }
   if (optional.size() > (has_mask ? 1u : 0u)) {
     const ffi::AnyBuffer bias = check.Value(optional.get<ffi::AnyBuffer>(has_mask ? 1 : 0), x);
     arrays.bias = check.ToArray("bias", bias, {g.c_out}, dtype);
   }
   if (optional.size() != (has_mask ? 1u : 0u) + (arrays.bias ? 1u : 0u)) check.Fail("there are too many operands");
-  arrays.y = check.ToArray("y", *y, {g.batch, g.h_out, g.w_out, g.c_out}, dtype);
+  arrays.y = check.ToArray("y", *y, shapes.y, dtype);
   return check.ok() ? Run(&Kernels::forward, g, arrays, pool) : check.error();
 }
 
 ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
                                 ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets gradients,
                                 Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
-                                bool has_mask, bool grad_x, bool grad_offset, bool grad_mask, bool grad_weight,
-                                bool grad_bias) {
+                                bool nchw, bool has_mask, bool grad_x, bool grad_offset, bool grad_mask,
+                                bool grad_weight, bool grad_bias) {
   Checker check;
-  const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups});
+  const Geometry g = check.ToGeometry(x, weight, {stride, padding, dilation, groups, deform_groups, nchw});
   if (!check.ok()) return check.error();
-  const auto x_shape = {g.batch, g.height, g.width, g.c_in};
-  const auto offset_shape = {g.batch, g.h_out, g.w_out, g.mask_channels() * 2};
-  const auto mask_shape = {g.batch, g.h_out, g.w_out, g.mask_channels()};
-  const auto weight_shape = {g.kernel_h, g.kernel_w, g.group_in(), g.c_out};
+  const Shapes shapes(g, nchw);
   BackwardArrays arrays;
-  arrays.x = check.ToArray("x", x, x_shape);
+  arrays.format = nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
+  arrays.x = check.ToArray("x", x, shapes.x);
   const DType dtype = arrays.x.dtype;
   const DType sum_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  arrays.grad_y = check.ToArray("grad_y", grad_y, {g.batch, g.h_out, g.w_out, g.c_out}, dtype);
-  arrays.offset = check.ToArray("offset", offset, offset_shape);
-  arrays.weight = check.ToArray("weight", weight, weight_shape, dtype);
+  arrays.grad_y = check.ToArray("grad_y", grad_y, shapes.y, dtype);
+  arrays.offset = check.ToArray("offset", offset, shapes.offset);
+  arrays.weight = check.ToArray("weight", weight, shapes.weight, dtype);
   if (has_mask) {
-    arrays.mask = check.ToArray("mask", check.Value(optional.get<ffi::AnyBuffer>(0), x), mask_shape);
+    arrays.mask = check.ToArray("mask", check.Value(optional.get<ffi::AnyBuffer>(0), x), shapes.mask);
   }
   size_t next = 0;
-  const auto result = [&](const char* name, std::initializer_list<int64_t> shape, DType type) {
+  const auto result = [&](const char* name, const Shape& shape, DType type) {
     auto gradient = gradients.get<ffi::AnyBuffer>(next++);
     if (gradient.has_value()) return check.ToArray(name, **gradient, shape, type);
     check.Fail(gradient.error().message());
     return Array{};
   };
   // In the order of the primitive's `wanted`.
-  if (grad_x) arrays.grad_x = result("grad_x", x_shape, sum_dtype);
-  if (grad_offset) arrays.grad_offset = result("grad_offset", offset_shape, arrays.offset.dtype);
-  if (grad_mask) arrays.grad_mask = result("grad_mask", mask_shape, arrays.mask.dtype);
-  if (grad_weight) arrays.grad_weight = result("grad_weight", weight_shape, sum_dtype);
+  if (grad_x) arrays.grad_x = result("grad_x", shapes.x, sum_dtype);
+  if (grad_offset) arrays.grad_offset = result("grad_offset", shapes.offset, arrays.offset.dtype);
+  if (grad_mask) arrays.grad_mask = result("grad_mask", shapes.mask, arrays.mask.dtype);
+  if (grad_weight) arrays.grad_weight = result("grad_weight", shapes.weight, sum_dtype);
   if (grad_bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
   if (optional.size() != (has_mask ? 1u : 0u) || gradients.size() != next || (grad_mask && !has_mask)) {
     check.Fail("the operands or results are not those of the attributes");
@@ -220,6 +243,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCpu, DeformConv2d,
                                   .Attr<Pair>("dilation")
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("deform_groups")
+                                  .Attr<bool>("nchw")
                                   .Attr<bool>("has_mask"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCpu, DeformConv2dBackward,
@@ -236,6 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCpu, DeformConv2dBackward,
                                   .Attr<Pair>("dilation")
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("deform_groups")
+                                  .Attr<bool>("nchw")
                                   .Attr<bool>("has_mask")
                                   .Attr<bool>("grad_x")
                                   .Attr<bool>("grad_offset")

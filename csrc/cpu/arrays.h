@@ -1,0 +1,101 @@
+// Arrays that a kernel wants in another order than the caller's.
+
+#pragma once
+
+#include "partition.h"
+
+namespace jax_dcn {
+namespace JAX_DCN_TARGET {
+
+// The weight as its format lays it out, for one weight group.
+template <class T>
+struct WeightView {
+  const T* data;
+  int64_t tap, channel, out;  // strides
+
+  WeightView(const Geometry& g, DataFormat format, const Array& weight, int64_t group) {
+    const bool nhwc = format == DataFormat::kNHWC;
+    tap = nhwc ? g.group_in() * g.c_out : 1;
+    channel = nhwc ? g.c_out : g.taps();
+    out = nhwc ? 1 : g.group_in() * g.taps();
+    data = static_cast<const T*>(weight.data) + group * g.group_out() * out;
+  }
+};
+
+// The matrix of `taps` and `channels` (rows) by `outs` (columns), packed as the panels that hold those columns.
+template <class T>
+void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range outs, int64_t width,
+                Accumulation<T>* packed) {
+  const int64_t depth = taps.size() * channels.size();
+  if (weight.out == 1) {
+    for (int64_t t = taps.begin; t < taps.end; ++t) {
+      PackRows(weight.data + t * weight.tap + channels.begin * weight.channel + outs.begin, weight.channel,
+               channels.size(), outs.size(), width, depth, (t - taps.begin) * channels.size(), packed);
+    }
+    return;
+  }
+  // All taps of a few channels lie together, output channel by output channel.
+  constexpr int64_t kChannels = 16;
+  for (int64_t o = outs.begin; o < outs.end; o += width, packed += depth * width) {
+    const int64_t valid = Min(width, outs.end - o);
+    if (valid < width) Zero(packed, depth * width);
+    for (int64_t c0 = channels.begin; c0 < channels.end; c0 += kChannels) {
+      const int64_t c1 = Min(c0 + kChannels, channels.end);
+      for (int64_t i = 0; i < valid; ++i) {
+        for (int64_t c = c0; c < c1; ++c) {
+          const T* from = weight.data + (o + i) * weight.out + c * weight.channel;
+          Accumulation<T>* to = packed + (c - channels.begin) * width + i;
+          for (int64_t t = taps.begin; t < taps.end; ++t, to += channels.size() * width) *to = ToReal(from[t]);
+        }
+      }
+    }
+  }
+}
+
+// The matrix of all output channels (rows) by `channels` of tap `tap` (columns), packed as the columns from `column` on
+// of panels of `width`.
+template <class T>
+void PackWeightTransposed(const WeightView<T>& weight, int64_t group_out, int64_t tap, Range channels, int64_t column,
+                          int64_t width, Accumulation<T>* packed) {
+  using Real = Accumulation<T>;
+  for (int64_t c = channels.begin; c < channels.end;) {
+    const int64_t count = Min(channels.end - c, width - column % width);
+    const T* from = weight.data + tap * weight.tap + c * weight.channel;
+    Real* to = packed + column / width * group_out * width + column % width;
+    if (weight.out == 1) {
+      Transpose<Real>(from, weight.channel, count, group_out, to, width);
+    } else {
+      for (int64_t o = 0; o < group_out; ++o) {
+        for (int64_t i = 0; i < count; ++i) to[o * width + i] = ToReal(from[o * weight.out + i * weight.channel]);
+      }
+    }
+    c += count;
+    column += count;
+  }
+}
+
+// --- images ---
+
+// Of `rows` by `columns` elements each: to[n][j][i] = from[n][i][j].
+template <class T>
+void TransposeImages(Workers& workers, int64_t images, int64_t rows, int64_t columns, const T* from, T* to) {
+  constexpr int64_t kColumns = 256;
+  const int64_t blocks = CeilDiv(columns, kColumns);
+  const auto transpose = [&](int, int64_t task) {
+    const int64_t image = task / blocks * rows * columns;
+    const Range block = Range::Piece(columns, blocks, task % blocks);
+    const T* source = from + image + block.begin;
+    T* target = to + image + block.begin * rows;
+    if constexpr (std::is_floating_point_v<T>) {
+      Transpose<T>(source, columns, rows, block.size(), target, rows);
+    } else {
+      for (int64_t j = 0; j < block.size(); ++j) {
+        for (int64_t i = 0; i < rows; ++i) target[j * rows + i] = source[i * columns + j];
+      }
+    }
+  };
+  ParallelFor(workers, images * blocks, transpose);
+}
+
+}  // namespace JAX_DCN_TARGET
+}  // namespace jax_dcn
