@@ -19,6 +19,7 @@ struct Geometry {
   int64_t mask_channels() const { return deform_groups * taps(); }
   int64_t group_in() const { return c_in / groups; }
   int64_t group_out() const { return c_out / groups; }
+  bool depthwise() const { return groups == c_in && groups == c_out; }  // each channel by itself
   int64_t deform_in() const { return c_in / deform_groups; }
   int64_t image() const { return height * width; }        // pixels of one image
   int64_t image_out() const { return h_out * w_out; }     // output pixels of one image

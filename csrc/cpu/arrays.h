@@ -74,6 +74,15 @@ void PackWeightTransposed(const WeightView<T>& weight, int64_t group_out, int64_
   }
 }
 
+// The weight of a depthwise convolution as (taps, channels).
+template <class T>
+void PackDepthwise(const Geometry& g, DataFormat format, const Array& weight, Accumulation<T>* packed) {
+  const WeightView<T> view(g, format, weight, 0);
+  for (int64_t t = 0; t < g.taps(); ++t) {
+    for (int64_t c = 0; c < g.c_out; ++c) packed[t * g.c_out + c] = ToReal(view.data[t * view.tap + c * view.out]);
+  }
+}
+
 // --- images ---
 
 // Of `rows` by `columns` elements each: to[n][j][i] = from[n][i][j].

@@ -64,7 +64,11 @@ class Backward {
     }
     if (want_grad_samples_) {
       const auto pack = [&](int, int64_t i) { PackBlock(i / tap_blocks_, i % tap_blocks_, shared.weights); };
-      ParallelFor(workers, slices_.count() * tap_blocks_, pack);
+      if (g_.depthwise()) {
+        PackDepthwise<T>(g_, arrays_.format, arrays_.weight, shared.weights);
+      } else {
+        ParallelFor(workers, slices_.count() * tap_blocks_, pack);
+      }
     }
     for (int64_t first = 0; first < tiles_; first += band_) {
       const Range band{first, Min(first + band_, tiles_)};
@@ -230,12 +234,16 @@ class Backward {
       }
       for (int64_t block = 0; block < tap_blocks_; ++block) {
         const Range taps = TapBlock(block);
-        if (want_grad_samples_) {
+        if (want_grad_samples_ && g_.depthwise()) {
+          MultiplyWeightDepthwise(slice, taps, pixels, shared.weights, space);
+        } else if (want_grad_samples_) {
           MultiplyWeight(slice, taps, pixels, shared.weights + (slice_index * tap_blocks_ + block) * packed_block_,
                          space);
         }
         VisitBlock(slice, taps, x, shared.grad_x, parts, space);
-        if (arrays_.grad_weight) {
+        if (arrays_.grad_weight && g_.depthwise()) {
+          MultiplySamplesDepthwise(slice, taps, pixels, tile > 0, GradWeight(chunk, shared), space);
+        } else if (arrays_.grad_weight) {
           MultiplySamples(slice, taps, pixels, tile > 0, GradWeight(chunk, shared), space);
         }
       }
@@ -247,9 +255,22 @@ class Backward {
     for (int64_t i = 0; i < images.size() * g_.image(); ++i, pixel += g_.c_in) Zero(pixel, slice.channels());
   }
 
-  // Packs grad_y of the tile's pixels (rows) and of each of the slice's groups (columns).
+  // Packs grad_y of the tile's pixels (rows) and of each of the slice's groups (columns); of a depthwise convolution
+  // all of the slice's channels as one matrix.
   void PackGradY(const Slice& slice, const Scratch& space) const {
     const Tile<Real>& tile = *space.sampler.tile;
+    for (int row = 0; g_.depthwise() && row < tile.height; ++row) {
+      const T* from = RowStart(g_, static_cast<const T*>(arrays_.grad_y.data), tile, row, g_.c_out, arrays_.format);
+      Real* to = space.grad_y + row * tile.width * slice.channels();
+      if (nchw_) {
+        Transpose<Real>(from + slice.begin * g_.image_out(), g_.image_out(), slice.channels(), tile.width, to,
+                        slice.channels());
+      }
+      for (int p = 0; !nchw_ && p < tile.width; ++p) {
+        CopyRow<Real>(from + p * g_.c_out + slice.begin, static_cast<int>(slice.channels()), to + p * slice.channels());
+      }
+    }
+    if (g_.depthwise()) return;
     for (int64_t group = 0; group < slice.groups; ++group) {
       const int64_t first = (slice.first_group + group) * g_.group_out();
       Real* packed = space.grad_y + group * kTileRows * padded_out_;
@@ -278,6 +299,14 @@ class Backward {
   // grad_bias (+)= the sum of grad_y's rows
   void SumGradY(const Slice& slice, int64_t rows, bool accumulate, Real* grad_bias, const Scratch& space) const {
     const int64_t width = out_width_;
+    if (g_.depthwise()) {
+      Real* out = grad_bias + slice.begin;
+      if (!accumulate) Zero(out, slice.channels());
+      for (int64_t p = 0; p < rows; ++p) {
+        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += space.grad_y[p * slice.channels() + c];
+      }
+      return;
+    }
     for (int64_t group = 0; group < slice.groups; ++group) {
       const Real* panel = space.grad_y + group * kTileRows * padded_out_;
       Real* out = grad_bias + (slice.first_group + group) * g_.group_out();
@@ -323,6 +352,32 @@ class Backward {
                        grad_weight + (t * g_.group_in() + slice.group_begin) * g_.c_out +
                            (slice.first_group + group) * g_.group_out(),
                        g_.c_out, accumulate);
+      }
+    }
+  }
+
+  // The two products of a depthwise convolution, channel by channel.
+  void MultiplyWeightDepthwise(const Slice& slice, Range taps, int64_t rows, const Real* weights,
+                               const Scratch& space) const {
+    Real* grad_samples = space.grad_samples;
+    for (int64_t p = 0; p < rows; ++p) {
+      const Real* grad_y = space.grad_y + p * slice.channels();
+      for (int64_t t = taps.begin; t < taps.end; ++t, grad_samples += slice.channels()) {
+        const Real* weight = weights + t * g_.c_out + slice.begin;
+        for (int64_t c = 0; c < slice.channels(); ++c) grad_samples[c] = grad_y[c] * weight[c];
+      }
+    }
+  }
+
+  void MultiplySamplesDepthwise(const Slice& slice, Range taps, int64_t rows, bool accumulate, Real* grad_weight,
+                                const Scratch& space) const {
+    for (int64_t t = taps.begin; t < taps.end; ++t) {
+      const Real* samples = space.samples + (t - taps.begin) * slice.channels();
+      Real* out = grad_weight + t * g_.c_out + slice.begin;
+      if (!accumulate) Zero(out, slice.channels());
+      for (int64_t p = 0; p < rows; ++p, samples += taps.size() * slice.channels()) {
+        const Real* grad_y = space.grad_y + p * slice.channels();
+        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += samples[c] * grad_y[c];
       }
     }
   }

@@ -40,7 +40,11 @@ class Forward {
 
     Real* weights = reinterpret_cast<Real*>(packed.data());
     const auto pack = [&](int, int64_t i) { PackPanel(slices_[i / panels_], i % panels_, weights); };
-    ParallelFor(workers, slices_.count() * panels_, pack);
+    if (g_.depthwise()) {
+      PackDepthwise<T>(g_, arrays_.format, arrays_.weight, weights);
+    } else {
+      ParallelFor(workers, slices_.count() * panels_, pack);
+    }
 
     const T* x = static_cast<const T*>(arrays_.x.data);
     if (nchw) {
@@ -123,6 +127,10 @@ class Forward {
         const Range taps = TapBlock(block);
         sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, x, space.samples, nullptr, nullptr,
                                                          [](auto&&...) {});
+        if (g_.depthwise()) {
+          MultiplyDepthwise(slice, taps, pixels, weights, space);
+          continue;
+        }
         for (int64_t group = groups.begin; group < groups.end; ++group) {
           const int64_t in_slice = group - slice.first_group;
           const Range own{Max<int64_t>(0, panels.begin - group * panels_), Min(panels_, panels.end - group * panels_)};
@@ -140,6 +148,20 @@ class Forward {
       }
     }
     StoreTile(*space.sampler.tile, {FirstChannel(panels.begin), FirstChannel(panels.end)}, space.sums);
+  }
+
+  // sums (+)= samples * weight, channel by channel
+  void MultiplyDepthwise(const Slice& slice, Range taps, int64_t pixels, const Real* weights,
+                         const Scratch& space) const {
+    const Real* samples = space.samples;
+    for (int64_t p = 0; p < pixels; ++p) {
+      Real* sums = space.sums + p * g_.c_out + slice.begin;
+      if (taps.begin == 0) Zero(sums, slice.channels());
+      for (int64_t t = taps.begin; t < taps.end; ++t, samples += slice.channels()) {
+        const Real* weight = weights + t * g_.c_out + slice.begin;
+        for (int64_t c = 0; c < slice.channels(); ++c) sums[c] += samples[c] * weight[c];
+      }
+    }
   }
 
   // The first output channel of a panel.
