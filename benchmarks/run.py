@@ -5,7 +5,7 @@
 The competitors are those in competitors.py, as far as they are installed (`pip install -e ".[bench]"`). Each number of
 threads has a process of its own, because XLA's is fixed when a process starts. Everything of a case and direction is
 timed in turn, round after round, across the processes, so a machine that changes its speed changes it for all: the
-ratios are the result. Writes results.json, table.md and chart.svg.
+ratios are the result. Writes results.json, table.md and chart.svg. All cases take about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DIRECTIONS = ("forward", "both")
 
 # A run of LONG seconds has no use for a warm-up. One beyond SLOW is measured once, in float32 with all threads only. In
 # between there are as many rounds as fit in BUDGET seconds.
-LONG, SLOW, BUDGET = 0.2, 2.0, 3.0
+LONG, SLOW, BUDGET = 0.2, 2.0, 2.0
 
 
 class Key(NamedTuple):
@@ -193,8 +193,7 @@ def measure(processes: dict[int, Process], case: str, direction: str, dtypes: li
             "threads": threads,
             "competitor": key.competitor,
             "median_ms": round(statistics.median(times) * 1e3, 4),
-            "min_ms": round(min(times) * 1e3, 4),
-            "rounds": len(times),
+            "ms": [round(t * 1e3, 4) for t in times],  # round by round
         }
         for (threads, key), times in seconds.items()
     ]
@@ -202,9 +201,7 @@ def measure(processes: dict[int, Process], case: str, direction: str, dtypes: li
 
 def table(measurements: list[dict], threads: list[int]) -> str:
     """jax_dcn's milliseconds in float32 with all threads, and ratios: below 1, jax_dcn is faster."""
-    medians = {
-        (m["case"], m["direction"], m["threads"], m["dtype"], m["competitor"]): m["median_ms"] for m in measurements
-    }
+    times = {(m["case"], m["direction"], m["threads"], m["dtype"], m["competitor"]): m["ms"] for m in measurements}
     formats = ("NHWC", "NCHW")
     few, many = threads[0], threads[-1]
     header = ["case", "direction"]
@@ -215,9 +212,10 @@ def table(measurements: list[dict], threads: list[int]) -> str:
     rows = []
     for case, direction in dict.fromkeys((m["case"], m["direction"]) for m in measurements):
 
-        def ms(*names, threads=many, dtype="float32", at=(case, direction)):
-            """The fastest of the named ones."""
-            return min((medians.get((*at, threads, dtype, name), float("nan")) for name in names), key=nan_last)
+        def ms(*names, threads=many, dtype="float32", at=(case, direction)) -> list[float]:
+            """The times of the fastest of the named ones, round by round; none if none was measured."""
+            found = [times[*at, threads, dtype, name] for name in names if (*at, threads, dtype, name) in times]
+            return min(found, key=statistics.median, default=[])
 
         row = [case, direction]
         for data_format in formats:
@@ -234,16 +232,26 @@ def table(measurements: list[dict], threads: list[int]) -> str:
     return markdown(header, rows)
 
 
-def nan_last(value: float) -> float:
-    return float("inf") if value != value else value
+def page(report: dict[str, Any]) -> str:
+    others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    legend = (
+        f"Median milliseconds and median ratios, {report['threads'][-1]} threads, float32 unless it says otherwise. conv: "
+        "XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain "
+        "XLA operations; framework: the faster of torchvision and Paddle."
+    )
+    rows = table(report["measurements"], report["threads"])
+    return "\n\n".join([caption(report["environment"]), others, legend, rows]) + "\n"
 
 
-def milliseconds(value: float) -> str:
-    return "" if value != value else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def milliseconds(times: list[float]) -> str:
+    value = statistics.median(times) if times else None
+    return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def ratio(a: float, b: float) -> str:
-    return "" if a / b != a / b else f"{a / b:.2f}"
+def ratio(a: list[float], b: list[float]) -> str:
+    """The median over the rounds: the two of a round ran within a second or so, at one speed of the machine."""
+    pairs = list(zip(a, b, strict=False))  # a slow one has fewer rounds
+    return f"{statistics.median(x / y for x, y in pairs):.2f}" if pairs else ""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,16 +299,10 @@ def main() -> None:
             report["measurements"] += measure(processes, case, direction, arguments.dtypes, arguments.rounds)
             print(f"{case}, {direction}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
             write_json(arguments.out / "results.json", report)
+            text = page(report)
+            (arguments.out / "table.md").write_text(text)
     for process in processes.values():
         process.close()
-    others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    legend = (
-        f"Milliseconds and ratios of medians, {threads[-1]} threads, float32 unless it says otherwise. conv: XLA's "
-        "plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain XLA "
-        "operations; framework: the faster of torchvision and Paddle."
-    )
-    text = "\n\n".join([caption(report["environment"]), others, legend, table(report["measurements"], threads)])
-    (arguments.out / "table.md").write_text(text + "\n")
     if imported("matplotlib"):
         draw(report, arguments.out / "chart.svg")
     print(text)
