@@ -235,8 +235,8 @@ def table(measurements: list[dict], threads: list[int]) -> str:
 def page(report: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     legend = (
-        f"Median milliseconds and median ratios, {report['threads'][-1]} threads, float32 unless it says otherwise. conv: "
-        "XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain "
+        f"Medians of milliseconds and of ratios, {report['threads'][-1]} threads, float32 unless it says otherwise. "
+        "conv: XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain "
         "XLA operations; framework: the faster of torchvision and Paddle."
     )
     rows = table(report["measurements"], report["threads"])
