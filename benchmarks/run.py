@@ -236,8 +236,8 @@ def page(report: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     legend = (
         f"Medians of milliseconds and of ratios, {report['threads'][-1]} threads, float32 unless it says otherwise. "
-        "conv: XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: plain "
-        "XLA operations; framework: the faster of torchvision and Paddle."
+        "conv: XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: "
+        "plain XLA operations; framework: the faster of torchvision and Paddle."
     )
     rows = table(report["measurements"], report["threads"])
     return "\n\n".join([caption(report["environment"]), others, legend, rows]) + "\n"
