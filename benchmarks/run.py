@@ -249,8 +249,8 @@ def milliseconds(times: list[float]) -> str:
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    """The median over the rounds: the two of a round ran within a second or so, at one speed of the machine."""
-    pairs = list(zip(a, b, strict=False))  # a slow one has fewer rounds
+    """The median over the rounds, of two that ran within seconds; a slow one has its first run alone."""
+    pairs = list(zip(a, b, strict=False))
     return f"{statistics.median(x / y for x, y in pairs):.2f}" if pairs else ""
 
 

@@ -22,7 +22,7 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 import jax_dcn
 
-def gradients(dtype, batch, c_in, c_out, size, groups, deform_groups, kernel):
+def gradients(data_format, dtype, batch, c_in, c_out, size, groups, deform_groups, kernel):
     rng = np.random.default_rng(7)
     taps = kernel * kernel * deform_groups
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
@@ -33,21 +33,32 @@ def gradients(dtype, batch, c_in, c_out, size, groups, deform_groups, kernel):
         weight=draw(kernel, kernel, c_in // groups, c_out) / np.sqrt(c_in * kernel * kernel / groups).astype(dtype),
         bias=draw(c_out),
     )
+    grad_y = draw(batch, size, size + 3, c_out)
+    if data_format == "NCHW":
+        axes = {"weight": (3, 2, 0, 1), "bias": (0,)}
+        operands = {name: a.transpose(axes.get(name, (0, 3, 1, 2))) for name, a in operands.items()}
+        grad_y = grad_y.transpose(0, 3, 1, 2)
     def function(operands):
         return jax_dcn.deform_conv2d(
-            **operands, padding=kernel // 2, groups=groups, deform_groups=deform_groups, data_format="NHWC")
+            **operands, padding=kernel // 2, groups=groups, deform_groups=deform_groups, data_format=data_format)
     @jax.jit
     def run(operands, grad_y):
         y, vjp = jax.vjp(function, operands)
         return {"y": y, **vjp(grad_y)[0]}
-    return run(operands, draw(batch, size, size + 3, c_out))
+    return run(operands, grad_y)
 
 CASES = [
     ("float32", 1, 160, 48, 19, 1, 2, 3), ("float32", 5, 24, 40, 11, 4, 3, 3), ("float32", 3, 34, 34, 12, 17, 17, 3),
     ("float32", 1, 16, 7, 40, 1, 1, 7), ("float32", 4, 8, 8, 3, 8, 8, 1),
     ("float64", 5, 42, 23, 11, 1, 3, 3), ("float16", 3, 34, 34, 12, 17, 17, 3), ("bfloat16", 5, 24, 40, 11, 4, 3, 3),
+    ("float32", 2, 64, 40, 11, 1, 8, 3), ("float32", 5, 80, 80, 11, 80, 1, 5), ("bfloat16", 1, 40, 40, 11, 40, 40, 3),
 ]
-RESULTS = {f"{i} {case[0]} {name}": value for i, case in enumerate(CASES) for name, value in gradients(*case).items()}
+RESULTS = {
+    f"{i} {case[0]} {data_format} {name}": value
+    for i, case in enumerate(CASES)
+    for data_format in (("NHWC", "NCHW") if i in (0, 1, 5, 7, 9) else ("NCHW",) if i % 2 else ("NHWC",))
+    for name, value in gradients(data_format, *case).items()
+}
 """
 
 
@@ -67,7 +78,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         "    print(name, hashlib.sha256(np.asarray(value).tobytes()).hexdigest())\n"
     )
     outputs = {threads: run_python(code, NPROC=str(threads)) for threads in (1, 2, 7)}
-    assert len(outputs[1].splitlines()) == 8 * 6
+    assert len(outputs[1].splitlines()) == (11 + 5) * 6
     assert len(set(outputs.values())) == 1
 
 

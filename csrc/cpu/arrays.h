@@ -88,22 +88,24 @@ void PackDepthwise(const Geometry& g, DataFormat format, const Array& weight, Ac
 // Of `rows` by `columns` elements each: to[n][j][i] = from[n][i][j].
 template <class T>
 void TransposeImages(Workers& workers, int64_t images, int64_t rows, int64_t columns, const T* from, T* to) {
-  constexpr int64_t kColumns = 256;
-  const int64_t blocks = CeilDiv(columns, kColumns);
+  constexpr int64_t kBlock = 256;  // 1 KB of a float plane
+  const int64_t down = CeilDiv(rows, kBlock);
+  const int64_t across = CeilDiv(columns, kBlock);
   const auto transpose = [&](int, int64_t task) {
-    const int64_t image = task / blocks * rows * columns;
-    const Range block = Range::Piece(columns, blocks, task % blocks);
-    const T* source = from + image + block.begin;
-    T* target = to + image + block.begin * rows;
+    const int64_t image = task / (down * across) * rows * columns;
+    const Range i_range = Range::Piece(rows, down, task / across % down);
+    const Range j_range = Range::Piece(columns, across, task % across);
+    const T* source = from + image + i_range.begin * columns + j_range.begin;
+    T* target = to + image + j_range.begin * rows + i_range.begin;
     if constexpr (std::is_floating_point_v<T>) {
-      Transpose<T>(source, columns, rows, block.size(), target, rows);
+      Transpose<T>(source, columns, i_range.size(), j_range.size(), target, rows);
     } else {
-      for (int64_t j = 0; j < block.size(); ++j) {
-        for (int64_t i = 0; i < rows; ++i) target[j * rows + i] = source[i * columns + j];
+      for (int64_t j = 0; j < j_range.size(); ++j) {
+        for (int64_t i = 0; i < i_range.size(); ++i) target[j * rows + i] = source[i * columns + j];
       }
     }
   };
-  ParallelFor(workers, images * blocks, transpose);
+  ParallelFor(workers, images * down * across, transpose);
 }
 
 }  // namespace JAX_DCN_TARGET

@@ -414,9 +414,11 @@ class Backward {
                          Real* grad_mask) {
     for (int p = 0; p < space.tile->pixels; ++p) {
       const Real value[kCorners] = {space.sums[0][p], space.sums[1][p], space.sums[2][p], space.sums[3][p]};
-      grad_offset[p] = tap.mask[p] * DerivativeY(value, tap.lx[p]);
-      grad_offset[kTileRows + p] = tap.mask[p] * DerivativeX(value, tap.ly[p]);
-      grad_mask[p] = Interpolate(value, tap.ly[p], tap.lx[p]);
+      // An invalid sample has no gradient, not even where grad_y is infinite.
+      const bool valid = tap.valid[p] != 0;
+      grad_offset[p] = valid ? tap.mask[p] * DerivativeY(value, tap.lx[p]) : Real(0);
+      grad_offset[kTileRows + p] = valid ? tap.mask[p] * DerivativeX(value, tap.ly[p]) : Real(0);
+      grad_mask[p] = valid ? Interpolate(value, tap.ly[p], tap.lx[p]) : Real(0);
     }
   }
 
@@ -435,7 +437,9 @@ class Backward {
         if (d < groups.begin || d >= groups.end) continue;
         const Real* part =
             shared.parts + ((chunk * slices_.count() + i) * band_ + tile) * SlicePart() + (d - groups.begin) * size;
-        for (int64_t j = 0; j < size; ++j) space.total[j] += part[j];
+        for (int64_t j = 0; j < size; j += kTileRows) {
+          for (int p = 0; p < space.sampler.tile->pixels; ++p) space.total[j + p] += part[j + p];
+        }
       }
       if (arrays_.grad_offset) {
         StoreChannels(g_, space.total, *space.sampler.tile, g_.mask_channels() * 2, d * taps * 2, taps * 2,

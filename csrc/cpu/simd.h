@@ -15,7 +15,7 @@
 #define JAX_DCN_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define JAX_DCN_UNROLL JAX_DCN_PRAGMA(clang loop unroll(full))
-#define JAX_DCN_INDEPENDENT JAX_DCN_PRAGMA(clang loop vectorize(assume_safety))
+#define JAX_DCN_INDEPENDENT
 #else
 #define JAX_DCN_UNROLL JAX_DCN_PRAGMA(GCC unroll 64)
 #define JAX_DCN_INDEPENDENT JAX_DCN_PRAGMA(GCC ivdep)

@@ -171,7 +171,8 @@ struct Tap {
   alignas(64) Real weight[kCorners][kTileRows];           // bilinear, times the mask
   alignas(64) Real ly[kTileRows];
   alignas(64) Real lx[kTileRows];
-  alignas(64) Real mask[kTileRows];  // 0 where the sample is invalid
+  alignas(64) Real mask[kTileRows];   // 0 where the sample is invalid
+  alignas(64) Real valid[kTileRows];  // 1 or 0
 };
 
 // Locates the samples. dy, dx and mask are per pixel; mask may be null. What only the backward pass needs is
@@ -206,6 +207,7 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
       tap.ly[p] = s.ly;
       tap.lx[p] = s.lx;
       tap.mask[p] = factor;
+      tap.valid[p] = s.valid ? Real(1) : Real(0);
     }
   }
 }
@@ -234,7 +236,7 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
   const int64_t row_stride = visit.row_stride;
   Real* samples = visit.samples;
   const Real* grad_samples = visit.grad_samples;
-  for (int p = 0, pixels = tile.pixels; p < pixels; ++p, samples += row_stride, grad_samples += row_stride) {
+  for (int p = 0, pixels = tile.pixels; p < pixels; ++p) {
     const T* corner[kCorners];
     Real* grad_corner[kCorners];
     V weight[kCorners];
@@ -277,12 +279,10 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
       channels(0, load, store);
     } else {
       for (int64_t c = 0; c < whole; c += lanes) channels(c, load, store);
-      if constexpr (lanes == kLanes<Real>) {
-        if (rest != 0) {
-          channels(
-              whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
-              [rest](Real* to, V v) { StorePart(to, v, rest); });
-        }
+      if (rest != 0) {
+        channels(
+            whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
+            [rest](Real* to, V v) { StorePart(to, v, rest); });
       }
     }
     if (kSums) {
@@ -290,6 +290,8 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
       SumLanes(sum, total);
       for (int k = 0; k < kCorners; ++k) visit.sums[k][p] = total[k];
     }
+    if (kSamples) samples += row_stride;
+    if (kSums || kGradX) grad_samples += row_stride;
   }
 }
 

@@ -129,7 +129,7 @@ class Checker {
                                g.dilation_w, g.stride_h, g.stride_w}) {
       if (size < 0 || size > kMax) return false;
     }
-    // One row more than the image: corners are counted before it is known whether they are inside.
+    // One row more than the image, as plain XLA counts corners before it knows whether they are inside.
     return g.image() + g.width < kMax && g.height + 2 * g.padding_h <= kMax && g.width + 2 * g.padding_w <= kMax;
   }
 
