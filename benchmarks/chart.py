@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report import paired_ratio
+
 TITLES = {"forward": "forward", "both": "forward and backward"}
 
 # Colours from Okabe and Ito, which colour-blind readers tell apart.
@@ -18,7 +20,6 @@ COLOURS = {
     "jax_dcn NCHW": "#56B4E9",
     "ONNX Runtime": "#E69F00",
     "OpenVINO": "#F0E442",
-    "torchvision": "#D55E00",
     "Paddle": "#CC79A7",
     "XLA gather": "#999999",
     "torch conv": "#009E73",
@@ -36,7 +37,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     chosen = [m for m in report["measurements"] if (m["dtype"], m["threads"]) == ("float32", threads)]
     if not chosen:
         return
-    medians = {(m["direction"], m["case"], m["competitor"]): m["median_ms"] for m in chosen}
+    times = {(m["direction"], m["case"], m["competitor"]): m["ms"] for m in chosen}
     cases = list(dict.fromkeys(m["case"] for m in chosen))
     directions = list(dict.fromkeys(m["direction"] for m in chosen))
     competitors = [name for name in COLOURS if any(m["competitor"] == name for m in chosen)]
@@ -53,8 +54,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for i, name in enumerate(competitors):
             data_format = "NHWC" if name in ("jax_dcn NHWC", "XLA gather") else "NCHW"
             conv = f"XLA conv {data_format}"
-            present = [case for case in cases if {(direction, case, name), (direction, case, conv)} <= medians.keys()]
-            ratios = [medians[direction, case, name] / medians[direction, case, conv] for case in present]
+            present = [case for case in cases if {(direction, case, name), (direction, case, conv)} <= times.keys()]
+            ratios = [paired_ratio(times[direction, case, name], times[direction, case, conv]) for case in present]
             at = [cases.index(case) + (i - (len(competitors) - 1) / 2) * thickness for case in present]
             # From 1, since a logarithmic axis has no 0: to the left is faster than the convolution.
             axis.barh(at, [r - 1 for r in ratios], thickness, left=1, color=COLOURS[name], label=name)

@@ -151,48 +151,22 @@ def openvino_run(problem: Problem, *, data_format: str) -> Run:
 # --- frameworks ---
 
 
-def torch_run(
-    function: Callable[[dict[str, Any], Case], Any], problem: Problem, names: tuple[str, ...] | None = None
-) -> Run:
+def torch_conv_run(problem: Problem, *, data_format: str) -> Run:
     import torch
 
     torch.set_num_threads(problem.threads)
-    names = names or tuple(problem.operands)
-    tensors = {name: torch.from_numpy(problem.operands[name]).requires_grad_(problem.backward) for name in names}
+    case = problem.case
+    tensors = {
+        name: torch.from_numpy(problem.operands[name]).requires_grad_(problem.backward) for name in ("x", "weight")
+    }
     grad_y = torch.from_numpy(problem.grad_y)
 
     def run():
-        y = function(tensors, problem.case)
+        y = torch.conv2d(*tensors.values(), None, case.stride, case.padding, case.dilation, case.groups)
         gradients = torch.autograd.grad(y, list(tensors.values()), grad_y) if problem.backward else ()
         return {"y": y.detach(), **dict(zip(tensors, gradients, strict=problem.backward))}
 
     return run
-
-
-def torch_conv_run(problem: Problem, *, data_format: str) -> Run:
-    import torch
-
-    def function(tensors, case):
-        return torch.conv2d(*tensors.values(), None, case.stride, case.padding, case.dilation, case.groups)
-
-    return torch_run(function, problem, ("x", "weight"))
-
-
-def torchvision_run(problem: Problem, *, data_format: str) -> Run:
-    from torchvision.ops import deform_conv2d
-
-    def function(tensors, case):
-        return deform_conv2d(
-            tensors["x"],
-            tensors["offset"],
-            tensors["weight"],
-            stride=case.stride,
-            padding=case.padding,
-            dilation=case.dilation,
-            mask=tensors.get("mask"),
-        )
-
-    return torch_run(function, problem)
 
 
 def paddle_run(problem: Problem, *, data_format: str) -> Run:
@@ -255,7 +229,7 @@ class Competitor:
 def imported(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError):  # what a torchvision raises that does not fit the torch beside it
+    except ImportError:
         return None
 
 
@@ -271,6 +245,5 @@ COMPETITORS = [
     Competitor("torch conv", torch_conv_run, modules=("torch",), deformable=False, few_threads=False),
     Competitor("ONNX Runtime", onnxruntime_run, modules=("onnxruntime", "onnx"), backward=False),
     Competitor("OpenVINO", openvino_run, modules=("openvino",), backward=False),
-    Competitor("torchvision", torchvision_run, modules=("torchvision",), few_threads=False),
     Competitor("Paddle", paddle_run, modules=("paddle",), few_threads=False),
 ]

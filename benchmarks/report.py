@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The median over the rounds, of two that ran within seconds; a slow one has its first run alone."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=False))
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ struct WeightView {
 };
 
 // The matrix of `taps` and `channels` (rows) by `outs` (columns), packed as the panels that hold those columns.
-template <class T>
-void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range outs, int64_t width,
-                Accumulation<T>* packed) {
+template <class T, class Operand>
+void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range outs, int64_t width, Operand* packed) {
+  constexpr int step = Step<Operand>::kDepth;
   const int64_t depth = taps.size() * channels.size();
   if (weight.out == 1) {
     for (int64_t t = taps.begin; t < taps.end; ++t) {
@@ -38,14 +38,17 @@ void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range o
   constexpr int64_t kChannels = 16;
   for (int64_t o = outs.begin; o < outs.end; o += width, packed += depth * width) {
     const int64_t valid = Min(width, outs.end - o);
-    if (valid < width) Zero(packed, depth * width);
+    if (valid < width) std::memset(packed, 0, depth * width * sizeof(Operand));
     for (int64_t c0 = channels.begin; c0 < channels.end; c0 += kChannels) {
       const int64_t c1 = Min(c0 + kChannels, channels.end);
       for (int64_t i = 0; i < valid; ++i) {
         for (int64_t c = c0; c < c1; ++c) {
           const T* from = weight.data + (o + i) * weight.out + c * weight.channel;
-          Accumulation<T>* to = packed + (c - channels.begin) * width + i;
-          for (int64_t t = taps.begin; t < taps.end; ++t, to += channels.size() * width) *to = ToReal(from[t]);
+          const int64_t row = c - channels.begin;
+          Operand* to = packed + row / step * step * width + i * step + row % step;
+          for (int64_t t = taps.begin; t < taps.end; ++t, to += channels.size() * width) {
+            *to = FromReal<Operand>::Convert(ToReal(from[t]));
+          }
         }
       }
     }
@@ -75,11 +78,13 @@ void PackWeightTransposed(const WeightView<T>& weight, int64_t group_out, int64_
 }
 
 // The weight of a depthwise convolution as (taps, channels).
-template <class T>
-void PackDepthwise(const Geometry& g, DataFormat format, const Array& weight, Accumulation<T>* packed) {
+template <class T, class Operand>
+void PackDepthwise(const Geometry& g, DataFormat format, const Array& weight, Operand* packed) {
   const WeightView<T> view(g, format, weight, 0);
   for (int64_t t = 0; t < g.taps(); ++t) {
-    for (int64_t c = 0; c < g.c_out; ++c) packed[t * g.c_out + c] = ToReal(view.data[t * view.tap + c * view.out]);
+    for (int64_t c = 0; c < g.c_out; ++c) {
+      packed[t * g.c_out + c] = FromReal<Operand>::Convert(ToReal(view.data[t * view.tap + c * view.out]));
+    }
   }
 }
 

@@ -6,6 +6,9 @@
 // the gradients of offset and mask need, and samples again; and the product of these samples with grad_y is added to
 // grad_weight. The first slice of a group also sums grad_y for grad_bias.
 //
+// A depthwise convolution has no products of matrices: each channel of grad_y is multiplied with its own weight and its
+// own samples.
+//
 // The gradients of offset and mask are sums over all slices. They are taken band of tiles by band of tiles, in the
 // order of the slices, so that what the slices leave for one another stays small. Where there are few slices the
 // images are shared out too, each chunk of them with its own sums of grad_weight and grad_bias, which are added up at
@@ -129,7 +132,7 @@ class Backward {
 
     T* x;
     Real* grad_x;
-    Real* weights;       // (slice, block of taps): the transposed weights, packed
+    Real* weights;       // (slice, block of taps): the transposed weights, packed; depthwise: (taps, channels)
     Real* parts;         // (chunk, slice, tile of the band, deform group, kParts * taps, kTileRows)
     Real* grad_weights;  // (chunk, weights); in NHWC the first chunk's is the result
     Real* grad_biases;   // (chunk but the first, c_out)
@@ -145,7 +148,7 @@ class Backward {
           total(carver.Take<Real>(kParts * b.g_.taps() * kTileRows)) {}
 
     typename Sampler<T>::Scratch sampler;
-    Real* grad_y;        // (group of a slice): pixels by group_out, packed
+    Real* grad_y;        // (group of a slice): pixels by group_out, packed; depthwise: (pixels, channels of a slice)
     Real* samples;       // (pixels, taps of a block, channels of a slice)
     Real* grad_samples;  // likewise
     Real* total;         // (kParts * taps, kTileRows)

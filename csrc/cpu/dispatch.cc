@@ -17,6 +17,11 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+#if defined(JAX_DCN_AVX512BF16)
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
+#endif
 #endif
 
 const Kernels* const* BuiltKernels() {
@@ -25,6 +30,9 @@ const Kernels* const* BuiltKernels() {
 #if defined(JAX_DCN_X86)
       &avx2::kKernels,
       &avx512::kKernels,
+#if defined(JAX_DCN_AVX512BF16)
+      &avx512bf16::kKernels,
+#endif
 #endif
       nullptr,
   };
@@ -37,10 +45,14 @@ bool Runs(const char* name) {
 #if defined(JAX_DCN_X86)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (std::strcmp(name, "avx2") == 0) return avx2;
-  if (std::strcmp(name, "avx512") == 0) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx512") == 0) return avx512;
+#if defined(JAX_DCN_EMULATE_BF16)
+  if (std::strcmp(name, "avx512bf16") == 0) return avx512;
+#elif defined(JAX_DCN_AVX512BF16)
+  if (std::strcmp(name, "avx512bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return std::strcmp(name, "baseline") == 0;
 }

@@ -3,7 +3,7 @@
 // Threads share the tiles of output pixels. Of each tile a block of (channels x taps) is sampled into a work space
 // that stays in the L2 cache and multiplied with the packed weight, block after block, into sums of
 // (pixels x c_out), which are rounded and stored at the end. Where there are fewer tiles than threads, several threads
-// sample the same tile, each for a part of the output channels.
+// sample the same tile, each for a part of the output channels. Depthwise convolutions multiply channel by channel.
 
 #pragma once
 
@@ -13,7 +13,9 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
-template <class T>
+// Samples and weights are multiplied as of type Operand: that of the sums, or bfloat16 where the processor multiplies
+// that in pairs, which rounds the samples.
+template <class T, class Operand>
 class Forward {
  public:
   using Real = Accumulation<T>;
@@ -31,14 +33,14 @@ class Forward {
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) return true;
     const bool nchw = arrays_.format == DataFormat::kNCHW;
-    const Memory packed(g_.c_in * g_.taps() * panels_ * width_ * static_cast<int64_t>(sizeof(Real)));
+    const Memory packed(g_.c_in * g_.taps() * panels_ * width_ * static_cast<int64_t>(sizeof(Operand)));
     const Memory copy(nchw ? g_.batch * g_.image() * g_.c_in * static_cast<int64_t>(sizeof(T)) : 0);
     Carver counter;
     Scratch(*this, counter);
     const Memory scratch(counter.used() * workers.count());
     if (!packed || !copy || !scratch) return false;
 
-    Real* weights = reinterpret_cast<Real*>(packed.data());
+    Operand* weights = reinterpret_cast<Operand*>(packed.data());
     const auto pack = [&](int, int64_t i) { PackPanel(slices_[i / panels_], i % panels_, weights); };
     if (g_.depthwise()) {
       PackDepthwise<T>(g_, arrays_.format, arrays_.weight, weights);
@@ -75,31 +77,33 @@ class Forward {
   struct Scratch {
     Scratch(const Forward& f, Carver& carver)
         : sampler(f.sampler_, carver),
-          samples(carver.Take<Real>(f.tiles_.max_pixels() * CeilDiv(f.g_.taps(), f.tap_blocks_) *
-                                    f.slices_.max_channels())),
+          samples(carver.Take<Operand>(f.tiles_.max_pixels() * CeilDiv(f.g_.taps(), f.tap_blocks_) *
+                                       f.slices_.max_channels())),
           sums(carver.Take<Real>(f.tiles_.max_pixels() * f.g_.c_out)) {}
 
     typename Sampler<T>::Scratch sampler;
-    Real* samples;  // (pixels, taps of a block, channels of a slice)
-    Real* sums;     // (pixels, c_out)
+    Operand* samples;  // (pixels, taps of a block, channels of a slice)
+    Real* sums;        // (pixels, c_out)
   };
 
   Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
 
-  // Full tiles, unless kTasks threads would share fewer than kTasks of them and smaller ones are worth a thread each.
+  // The most pixels of a tile: full tiles, unless kTasks threads would share fewer than kTasks of them and smaller ones
+  // are worth a thread each (as far as whole rows of pixels allow).
   int64_t TilePixels() const {
     const int64_t pixel_flops = 2 * g_.taps() * g_.group_in() * g_.c_out;
     const int64_t least = Max<int64_t>(2 * kMaxRows, CeilDiv(kTaskFlops, pixel_flops));
     return Min<int64_t>(kTileRows, Max(least, CeilDiv(g_.pixels(), kTasks)));
   }
 
-  // The packed weights are (slice, block of taps, group of the slice, panel).
+  // The packed weights are (slice, block of taps, group of the slice, panel), of a depthwise convolution
+  // (taps, channels).
   int64_t PackedAt(const Slice& slice, Range taps, int64_t group) const {
     return (slice.begin * g_.taps() + slice.channels() * taps.begin + group * slice.group_channels * taps.size()) *
            panels_ * width_;
   }
 
-  void PackPanel(const Slice& slice, int64_t panel, Real* weights) const {
+  void PackPanel(const Slice& slice, int64_t panel, Operand* weights) const {
     const Range outs{panel * width_, Min((panel + 1) * width_, g_.group_out())};
     const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
     for (int64_t group = 0; group < slice.groups; ++group) {
@@ -113,7 +117,7 @@ class Forward {
   }
 
   // Computes the output channels of `panels`, which are counted through all groups.
-  void ComputeTile(const Rectangle& rectangle, Range panels, const T* x, const Real* weights,
+  void ComputeTile(const Rectangle& rectangle, Range panels, const T* x, const Operand* weights,
                    const Scratch& space) const {
     sampler_.StartTile(rectangle, space.sampler);
     const int64_t pixels = space.sampler.tile->pixels;
@@ -136,7 +140,7 @@ class Forward {
           const Range own{Max<int64_t>(0, panels.begin - group * panels_), Min(panels_, panels.end - group * panels_)};
           const int64_t first = own.begin * width_;
           const int64_t depth = taps.size() * slice.group_channels;
-          Left<Real> samples;
+          Left<Operand> samples;
           samples.data = space.samples + in_slice * slice.group_channels;
           samples.stride = taps.size() * slice.channels();
           samples.run = slice.group_channels;
@@ -151,15 +155,15 @@ class Forward {
   }
 
   // sums (+)= samples * weight, channel by channel
-  void MultiplyDepthwise(const Slice& slice, Range taps, int64_t pixels, const Real* weights,
+  void MultiplyDepthwise(const Slice& slice, Range taps, int64_t pixels, const Operand* weights,
                          const Scratch& space) const {
-    const Real* samples = space.samples;
+    const Operand* samples = space.samples;
     for (int64_t p = 0; p < pixels; ++p) {
       Real* sums = space.sums + p * g_.c_out + slice.begin;
       if (taps.begin == 0) Zero(sums, slice.channels());
       for (int64_t t = taps.begin; t < taps.end; ++t, samples += slice.channels()) {
-        const Real* weight = weights + t * g_.c_out + slice.begin;
-        for (int64_t c = 0; c < slice.channels(); ++c) sums[c] += samples[c] * weight[c];
+        const Operand* weight = weights + t * g_.c_out + slice.begin;
+        for (int64_t c = 0; c < slice.channels(); ++c) sums[c] += ToReal(samples[c]) * ToReal(weight[c]);
       }
     }
   }

@@ -2,6 +2,9 @@
 //
 // B is packed in panels: panel j holds columns [j*width, (j+1)*width) of all rows of B, row after row, filled up
 // with zeros. A is read as it lies, in one of two ways, and by broadcast, so it needs no packing.
+//
+// A and B are of the type of C, or of bfloat16 numbers, of which two depths make a step: a row of B's panel then holds
+// the pairs of two rows, column by column, the depth is even, and so are A's runs.
 
 #pragma once
 
@@ -41,28 +44,49 @@ JAX_DCN_SIMD void Zero(Real* array, int64_t count) {
   for (int64_t i = 0; i < count; ++i) array[i] = 0;
 }
 
+// What a step of a product takes of each row of A and of each column of B.
+template <class Operand>
+struct Step {
+  static constexpr int kDepth = 1;
+  using Lane = Operand;
+};
+template <>
+struct Step<BFloat16> {
+  static constexpr int kDepth = 2;
+  using Lane = uint32_t;
+};
+
 // Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows, in panels of `width`.
-template <class T>
+template <class T, class Operand>
 void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth, int64_t at,
-              Accumulation<T>* packed) {
+              Operand* packed) {
   using Real = Accumulation<T>;
   constexpr int lanes = kLanes<Real>;
+  constexpr int step = Step<Operand>::kDepth;
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows; i += step) {
       for (int64_t v = 0; v < width; v += lanes) {
-        const T* from = matrix + i * stride + j + v;
         const int64_t valid = columns - j - v;
-        Real* to = packed + (at + i) * width + v;
-        Store(to, valid >= lanes ? Load(from) : valid > 0 ? LoadPart(from, static_cast<int>(valid)) : Vector<Real>{});
+        const auto load = [&](int64_t row) {
+          const T* from = matrix + row * stride + j + v;
+          return valid >= lanes ? Load(from) : valid > 0 ? LoadPart(from, static_cast<int>(valid)) : Vector<Real>{};
+        };
+        Operand* to = packed + (at + i) * width + v * step;
+        if constexpr (step == 2) {
+          const Pairs pairs = MakePairs(load(i), load(i + 1));
+          std::memcpy(to, &pairs, sizeof(pairs));
+        } else {
+          Store(to, load(i));
+        }
       }
     }
   }
 }
 
 // How A lies in memory.
-template <class Real>
+template <class Operand>
 struct Left {
-  const Real* data;
+  const Operand* data;
   int64_t stride;  // between rows; between depths if transposed
   // The depth is cut into runs of `run`, `run_stride` apart; within a run the elements of a row are adjacent (the
   // depths are `stride` apart if transposed, and then one run is all).
@@ -70,9 +94,12 @@ struct Left {
 };
 
 // kRows x kVectors accumulators stay in registers over the whole depth.
-template <class Real, int kRows, int kVectors, bool kTransposed>
-void Block(const Left<Real>& left, int64_t depth, const Real* b, int64_t b_stride, Real* c, int64_t c_stride,
-           int columns, bool accumulate) {
+template <class Operand, int kRows, int kVectors, bool kTransposed>
+void Block(const Left<Operand>& left, int64_t depth, const Operand* b, int64_t b_stride, Accumulation<Operand>* c,
+           int64_t c_stride, int columns, bool accumulate) {
+  using Real = Accumulation<Operand>;
+  using Lane = typename Step<Operand>::Lane;
+  constexpr int step = Step<Operand>::kDepth;
   constexpr int lanes = kLanes<Real>;
   Vector<Real> sum[kRows][kVectors];
   const int last = columns - (kVectors - 1) * lanes;  // valid columns of the last vector
@@ -93,28 +120,30 @@ void Block(const Left<Real>& left, int64_t depth, const Real* b, int64_t b_strid
     }
   }
 
-  const Real* run_start = left.data;
+  const Operand* run_start = left.data;
   for (int64_t begin = 0; begin < depth; begin += left.run, run_start += left.run_stride) {
     const int64_t run = Min(left.run, depth - begin);
     // Three rows share a pointer: an address takes a base and one or two strides, and there are too few registers
     // for a pointer each.
     constexpr int kPointers = kTransposed ? 1 : (kRows + 2) / 3;
-    const Real* a[kPointers];
+    const Operand* a[kPointers];
     JAX_DCN_UNROLL
     for (int i = 0; i < kPointers; ++i) a[i] = run_start + 3 * i * left.stride;
-    for (int64_t k = 0; k < run; ++k) {
-      Vector<Real> right[kVectors];
+    for (int64_t k = 0; k < run; k += step) {
+      Vector<Lane> right[kVectors];
       JAX_DCN_UNROLL
-      for (int v = 0; v < kVectors; ++v) right[v] = Load(b + v * lanes);
+      for (int v = 0; v < kVectors; ++v) std::memcpy(&right[v], b + v * lanes * step, sizeof(right[v]));
       JAX_DCN_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const Vector<Real> value = Broadcast<Vector<Real>>(kTransposed ? a[0][i] : a[i / 3][(i % 3) * left.stride]);
+        Lane lane;
+        std::memcpy(&lane, kTransposed ? a[0] + i : a[i / 3] + (i % 3) * left.stride, sizeof(lane));
+        const auto value = Broadcast<Vector<Lane>>(lane);
         JAX_DCN_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * right[v];
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = MultiplyAdd(value, right[v], sum[i][v]);
       }
       JAX_DCN_UNROLL
-      for (int i = 0; i < kPointers; ++i) a[i] += kTransposed ? left.stride : 1;
-      b += b_stride;
+      for (int i = 0; i < kPointers; ++i) a[i] += kTransposed ? left.stride : step;
+      b += b_stride * step;
     }
   }
 
@@ -132,32 +161,33 @@ void Block(const Left<Real>& left, int64_t depth, const Real* b, int64_t b_strid
   }
 }
 
-template <class Real>
-using BlockFunction = void (*)(const Left<Real>&, int64_t, const Real*, int64_t, Real*, int64_t, int, bool);
+template <class Operand>
+using BlockFunction = void (*)(const Left<Operand>&, int64_t, const Operand*, int64_t, Accumulation<Operand>*, int64_t,
+                               int, bool);
 
 // The instantiations by rows - 1 and vectors - 1.
-template <class Real, bool kTransposed, int... kRowsLessOne>
+template <class Operand, bool kTransposed, int... kRowsLessOne>
 struct BlockTable {
-  static constexpr BlockFunction<Real> kTable[][2] = {
-      {Block<Real, kRowsLessOne + 1, 1, kTransposed>, Block<Real, kRowsLessOne + 1, 2, kTransposed>}...};
+  static constexpr BlockFunction<Operand> kTable[][2] = {
+      {Block<Operand, kRowsLessOne + 1, 1, kTransposed>, Block<Operand, kRowsLessOne + 1, 2, kTransposed>}...};
 };
-template <class Real, bool kTransposed, int kLeft, int... kRest>
-struct MakeBlockTable : MakeBlockTable<Real, kTransposed, kLeft - 1, kLeft - 1, kRest...> {};
-template <class Real, bool kTransposed, int... kRest>
-struct MakeBlockTable<Real, kTransposed, 0, kRest...> : BlockTable<Real, kTransposed, kRest...> {};
+template <class Operand, bool kTransposed, int kLeft, int... kRest>
+struct MakeBlockTable : MakeBlockTable<Operand, kTransposed, kLeft - 1, kLeft - 1, kRest...> {};
+template <class Operand, bool kTransposed, int... kRest>
+struct MakeBlockTable<Operand, kTransposed, 0, kRest...> : BlockTable<Operand, kTransposed, kRest...> {};
 
 // B is packed in panels of `width`, one or two vectors.
-template <bool kTransposed, class Real>
-void Multiply(const Left<Real>& left, int64_t rows, int64_t depth, const Real* packed, int64_t width, int64_t columns,
-              Real* c, int64_t c_stride, bool accumulate) {
-  const auto& table = MakeBlockTable<Real, kTransposed, kMaxRows>::kTable;
+template <bool kTransposed, class Operand>
+void Multiply(const Left<Operand>& left, int64_t rows, int64_t depth, const Operand* packed, int64_t width,
+              int64_t columns, Accumulation<Operand>* c, int64_t c_stride, bool accumulate) {
+  const auto& table = MakeBlockTable<Operand, kTransposed, kMaxRows>::kTable;
   const int64_t blocks = CeilDiv(rows, kMaxRows);  // of equal height but for one row
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
     const int valid = static_cast<int>(Min(width, columns - j));
-    const int vectors = static_cast<int>(CeilDiv(valid, kLanes<Real>));
+    const int vectors = static_cast<int>(CeilDiv(valid, kLanes<Accumulation<Operand>>));
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
-      Left<Real> part = left;
+      Left<Operand> part = left;
       part.data += kTransposed ? i : i * left.stride;
       table[end - i - 1][vectors - 1](part, depth, packed, width, c + i * c_stride + j, c_stride, valid, accumulate);
       i = end;

@@ -12,13 +12,27 @@ namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 namespace {
 
-template <template <class> class Kernel, class Arrays>
-bool RunFor(const Geometry& g, const Arrays& arrays, Workers& workers) {
+bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers) {
   switch (arrays.x.dtype) {
-    case DType::kFloat32: return Kernel<float>(g, arrays).Run(workers);
-    case DType::kFloat64: return Kernel<double>(g, arrays).Run(workers);
-    case DType::kBFloat16: return Kernel<BFloat16>(g, arrays).Run(workers);
-    case DType::kFloat16: return Kernel<Float16>(g, arrays).Run(workers);
+    case DType::kFloat32: return Forward<float, float>(g, arrays).Run(workers);
+    case DType::kFloat64: return Forward<double, double>(g, arrays).Run(workers);
+    case DType::kBFloat16:
+      // The channels of a tap make whole pairs.
+      if constexpr (kHasPairs) {
+        if (g.group_in() % 2 == 0) return Forward<BFloat16, BFloat16>(g, arrays).Run(workers);
+      }
+      return Forward<BFloat16, float>(g, arrays).Run(workers);
+    case DType::kFloat16: return Forward<Float16, float>(g, arrays).Run(workers);
+  }
+  return false;
+}
+
+bool RunBackward(const Geometry& g, const BackwardArrays& arrays, Workers& workers) {
+  switch (arrays.x.dtype) {
+    case DType::kFloat32: return Backward<float>(g, arrays).Run(workers);
+    case DType::kFloat64: return Backward<double>(g, arrays).Run(workers);
+    case DType::kBFloat16: return Backward<BFloat16>(g, arrays).Run(workers);
+    case DType::kFloat16: return Backward<Float16>(g, arrays).Run(workers);
   }
   return false;
 }
@@ -26,8 +40,7 @@ bool RunFor(const Geometry& g, const Arrays& arrays, Workers& workers) {
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {JAX_DCN_STRING(JAX_DCN_TARGET), RunFor<Forward, ForwardArrays>,
-                          RunFor<Backward, BackwardArrays>};
+const Kernels kKernels = {JAX_DCN_STRING(JAX_DCN_TARGET), RunForward, RunBackward};
 
 }  // namespace JAX_DCN_TARGET
 }  // namespace jax_dcn

@@ -66,8 +66,8 @@ class Sampler {
   // Visits the taps of a block: see VisitTap. x and grad_x are NHWC; samples and grad_samples are (pixels, taps,
   // channels of the slice). After each visit calls after(tap index, deform group, tap), with the sums in the work
   // space.
-  template <bool kSamples, bool kSums, bool kGradX, class After>
-  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, const T* x, Real* samples,
+  template <bool kSamples, bool kSums, bool kGradX, class Operand, class After>
+  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, const T* x, Operand* samples,
                   const Real* grad_samples, Real* grad_x, After after) const {
     const Range groups = DeformGroups(slice);
     // The taps of a deform group read much the same pixels, which stay in the L1 cache if they come one after another.
@@ -77,11 +77,11 @@ class Sampler {
         const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const Real* dy = space.offset + i * 2 * kTileRows;
         const Real* mask = mask_ ? space.mask + i * kTileRows : nullptr;
-        FillTap<Real, kSums || kGradX>(g_, *space.tile, t, dy, dy + kTileRows, mask, PixelsOf(x, begin, space.zeros),
-                                       PixelsOf(grad_x, begin, space.spill), *space.tap);
+        FillTap<Real, kSums, kGradX>(g_, *space.tile, t, dy, dy + kTileRows, mask, PixelsOf(x, begin, space.zeros),
+                                     PixelsOf(grad_x, begin, space.spill), *space.tap);
 
         const int64_t column = (t - taps.begin) * slice.channels() + begin - slice.begin;
-        Visit<T> visit;
+        Visit<Real, Operand> visit;
         visit.channels = Min(slice.end, (d + 1) * g_.deform_in()) - begin;
         visit.row_stride = taps.size() * slice.channels();
         visit.samples = kSamples ? samples + column : nullptr;

@@ -49,6 +49,13 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Whether this copy multiplies pairs of bfloat16 numbers in one instruction.
+#if defined(__AVX512BF16__) || defined(JAX_DCN_EMULATE_BF16)
+inline constexpr bool kHasPairs = true;
+#else
+inline constexpr bool kHasPairs = false;
+#endif
+
 // The type of coordinates, interpolation weights and sums.
 template <class T>
 struct AccumulationOf {
@@ -191,6 +198,29 @@ JAX_DCN_SIMD Vector<Accumulation<T>> Load(const T* p) {
   return LoadAs<Vector<Accumulation<T>>>(p);
 }
 
+// --- pairs of bfloat16 numbers, the first in the low half of a lane ---
+
+using Pairs = Vector<uint32_t>;
+
+JAX_DCN_SIMD Vector<float> MultiplyAdd(Pairs a, Pairs b, Vector<float> sum) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, BitCast<__m512bh>(a), BitCast<__m512bh>(b));
+#else
+  const auto first = [](Pairs v) { return reinterpret_cast<Vector<float>>(v << 16); };
+  const auto second = [](Pairs v) { return reinterpret_cast<Vector<float>>(v & 0xffff0000); };
+  return first(a) * first(b) + (second(a) * second(b) + sum);
+#endif
+}
+template <class V>
+JAX_DCN_SIMD V MultiplyAdd(V a, V b, V sum) {
+  return a * b + sum;
+}
+
+// Pairs of floats that are bfloat16 numbers.
+JAX_DCN_SIMD Pairs MakePairs(Vector<float> first, Vector<float> second) {
+  return (reinterpret_cast<Pairs>(first) >> 16) | reinterpret_cast<Pairs>(second);
+}
+
 template <class T, class V>
 JAX_DCN_SIMD void StoreEach(T* p, V v, int count) {
   for (int i = 0; i < count; ++i) p[i] = FromReal<T>::Convert(v[i]);
@@ -204,6 +234,11 @@ JAX_DCN_SIMD void Store(T* p, V v) {
     using Real = std::decay_t<decltype(V{}[0])>;
     if constexpr (std::is_same_v<T, Real>) {
       *reinterpret_cast<typename VectorOf<Real, sizeof(V)>::Unaligned*>(p) = v;
+#if defined(__AVX512BF16__)
+    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, Vector<float>>) {
+      const auto half = _mm512_cvtneps_pbh(v);
+      std::memcpy(p, &half, sizeof(half));
+#endif
     } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Real, float>) {
       using Bits = typename VectorOf<uint32_t, sizeof(V)>::Type;
       const Bits bits = reinterpret_cast<Bits>(v);
@@ -351,8 +386,10 @@ JAX_DCN_SIMD void TransposeSquare(const Real* from, int64_t from_stride, int row
   Vector<Real> v[lanes];
   JAX_DCN_UNROLL
   for (int i = 0; i < lanes; ++i) {
+    v[i] = Vector<Real>{};
+    if (i >= rows) continue;
     const Real* row = from + i * from_stride;
-    v[i] = i >= rows ? Vector<Real>{} : columns == lanes ? Load(row) : LoadPart(row, columns);
+    v[i] = columns == lanes ? Load(row) : LoadPart(row, columns);
   }
   TransposeLanes<Real>(v);
   JAX_DCN_UNROLL

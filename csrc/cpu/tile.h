@@ -175,9 +175,9 @@ struct Tap {
   alignas(64) Real valid[kTileRows];  // 1 or 0
 };
 
-// Locates the samples. dy, dx and mask are per pixel; mask may be null. What only the backward pass needs is
-// computed if kBackward.
-template <class Real, bool kBackward>
+// Locates the samples. dy, dx and mask are per pixel; mask may be null. What only the sums or grad_x need is computed
+// if kSums or kGradX.
+template <class Real, bool kSums, bool kGradX>
 void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const Real* dy, const Real* dx,
              const Real* mask, Pixels x, Pixels grad_x, Tap<Real>& tap) {
   const Real tap_y = static_cast<Real>(tap_index / g.kernel_w * g.dilation_h);
@@ -194,16 +194,16 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
     const Real factor = s.valid ? (mask == nullptr ? Real(1) : mask[p]) : Real(0);
     const int64_t pixel = tile.image[p] + s.index;
     const int64_t corner = x.first + pixel * x.stride;
-    const int64_t grad_corner = kBackward ? grad_x.first + pixel * grad_x.stride : 0;
+    const int64_t grad_corner = kGradX ? grad_x.first + pixel * grad_x.stride : 0;
     for (int k = 0; k < kCorners; ++k) {
       tap.weight[k][p] = s.weight[k] * factor;
       tap.corner[k][p] = s.inside[k] ? corner + (k & 1) * x.stride + (k >> 1) * row : x.outside;
-      if (kBackward) {
+      if (kGradX) {
         tap.grad_corner[k][p] =
             s.inside[k] ? grad_corner + (k & 1) * grad_x.stride + (k >> 1) * grad_row : grad_x.outside;
       }
     }
-    if (kBackward) {
+    if (kSums) {
       tap.ly[p] = s.ly;
       tap.lx[p] = s.lx;
       tap.mask[p] = factor;
@@ -215,26 +215,24 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
 // --- the channels of one tap of one deform group ---
 
 // What VisitTap reads and writes besides the pixels of x and grad_x. Row p of the first two is pixel p.
-template <class T>
+template <class Real, class Operand>
 struct Visit {
-  using Real = Accumulation<T>;
   int64_t channels;
   int64_t row_stride;        // of samples and grad_samples
-  Real* samples;             // out: the modulated samples
+  Operand* samples;          // out: the modulated samples
   const Real* grad_samples;  // in: the gradient of the modulated samples
   Real (*sums)[kTileRows];   // out: per corner, the sum over channels of grad_samples * the corner's value
 };
 
 // One pass over the samples of a tile for whatever is asked for: the samples themselves, the sums from which the
 // gradients of offset and mask follow, and grad_x. V holds the channels visited at a time, kOnce all of them.
-template <class T, class V, bool kOnce, bool kSamples, bool kSums, bool kGradX>
-void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap, const Visit<T>& visit) {
-  using Real = Accumulation<T>;
+template <class T, class V, bool kOnce, bool kSamples, bool kSums, bool kGradX, class Real, class Operand>
+void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Operand>& visit) {
   constexpr int lanes = kLanesOf<V, Real>;
   const int64_t whole = visit.channels / lanes * lanes;
   const int rest = static_cast<int>(visit.channels - whole);
   const int64_t row_stride = visit.row_stride;
-  Real* samples = visit.samples;
+  Operand* samples = visit.samples;
   const Real* grad_samples = visit.grad_samples;
   for (int p = 0, pixels = tile.pixels; p < pixels; ++p) {
     const T* corner[kCorners];
@@ -274,7 +272,7 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
       }
     };
     const auto load = [](const auto* from) { return LoadAs<V>(from); };
-    const auto store = [](Real* to, V v) { Store(to, v); };
+    const auto store = [](auto* to, V v) { Store(to, v); };
     if constexpr (kOnce) {
       channels(0, load, store);
     } else {
@@ -282,7 +280,7 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
       if (rest != 0) {
         channels(
             whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
-            [rest](Real* to, V v) { StorePart(to, v, rest); });
+            [rest](auto* to, V v) { StorePart(to, v, rest); });
       }
     }
     if (kSums) {
@@ -297,9 +295,8 @@ void VisitChannels(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>
 
 // Whole vectors and a part of one; half vectors where one is all, as 8 channels in a vector of 16 lanes would cross
 // cache lines for nothing; and single channels.
-template <class T, bool kSamples, bool kSums, bool kGradX>
-void VisitTap(const Tile<Accumulation<T>>& tile, const Tap<Accumulation<T>>& tap, const Visit<T>& visit) {
-  using Real = Accumulation<T>;
+template <class T, bool kSamples, bool kSums, bool kGradX, class Real, class Operand>
+void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Operand>& visit) {
   constexpr int lanes = kLanes<Real>;
   if constexpr (lanes >= 8) {
     if (visit.channels == lanes / 2) {
