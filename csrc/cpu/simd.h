@@ -269,6 +269,9 @@ JAX_DCN_SIMD V LoadPartAs(const T* p, int count) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
   } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+  } else if constexpr (sizeof(T) == 2 && std::is_same_v<V, Vector<float>>) {
+    const __m256i part = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+    return LoadAs<V>(reinterpret_cast<const T*>(&part));
   } else {
     return LoadEach<V>(p, count);
   }
@@ -295,6 +298,10 @@ JAX_DCN_SIMD void StorePart(T* p, V v, int count) {
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
   } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v);
+  } else if constexpr (sizeof(T) == 2 && std::is_same_v<V, Vector<float>>) {
+    __m256i whole;
+    Store(reinterpret_cast<T*>(&whole), v);
+    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), whole);
   }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
