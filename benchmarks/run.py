@@ -1,4 +1,4 @@
-"""Measures deformable convolution against what else there is: checks the numbers first, then times all in turn.
+"""Measures deformable convolution against what else there is: checks its numbers first, then times all in turn.
 
     python benchmarks/run.py [--cases r50_c3,edvr_m] [--quick] [--out FOLDER]
 
@@ -208,7 +208,7 @@ def table(measurements: list[dict], threads: list[int]) -> str:
     header = ["case", "direction"]
     for data_format in formats:
         header += [f"{data_format} ms", "/ conv", "/ engine"]
-    header += ["gather / NHWC", "Paddle / NHWC"]
+    header += ["NHWC / torch conv", "gather / NHWC", "Paddle / NHWC"]
     header += [f"{few} / {many} threads", "bf16 / f32", "bf16 / conv"]
     rows = []
     for case, direction in dict.fromkeys((m["case"], m["direction"]) for m in measurements):
@@ -224,7 +224,7 @@ def table(measurements: list[dict], threads: list[int]) -> str:
             row += [milliseconds(ours), ratio(ours, ms(f"XLA conv {data_format}"))]
             row += [ratio(ours, ms("ONNX Runtime", "OpenVINO"))]
         ours, bfloat16 = ms("jax_dcn NHWC"), ms("jax_dcn NHWC", dtype="bfloat16")
-        row += [ratio(ms(REFERENCE), ours), ratio(ms("Paddle"), ours)]
+        row += [ratio(ours, ms("torch conv")), ratio(ms(REFERENCE), ours), ratio(ms("Paddle"), ours)]
         row += [ratio(ms("jax_dcn NHWC", threads=few), ours) if few < many else "", ratio(bfloat16, ours)]
         row += [ratio(bfloat16, ms("XLA conv NHWC", dtype="bfloat16"))]
         rows.append(row)
@@ -237,20 +237,27 @@ def page(report: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     legend = (
         f"Medians of milliseconds and of ratios, {report['threads'][-1]} threads, float32 unless it says otherwise. "
-        "conv: XLA's plain convolution of the same format; engine: the faster of ONNX Runtime and OpenVINO; gather: "
-        "plain XLA operations."
+        "conv: XLA's plain convolution of the same format; torch conv: torch's, in NCHW; engine: the faster of ONNX "
+        "Runtime and OpenVINO; gather: plain XLA operations; ~: measured once, as beyond "
+        f"{SLOW:.0f} seconds, before the others."
     )
     rows = table(report["measurements"], report["threads"])
     return "\n\n".join([caption(report["environment"]), others, legend, rows]) + "\n"
 
 
 def milliseconds(times: list[float]) -> str:
-    value = statistics.median(times) if times else None
-    return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if not times:
+        return ""
+    value = statistics.median(times)
+    return once(times) + (f"{value:.1f}" if value >= 10 else f"{value:.2f}")
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    return f"{paired_ratio(a, b):.2f}" if a and b else ""
+    return once(a, b) + f"{paired_ratio(a, b):.2f}" if a and b else ""
+
+
+def once(*measured: list[float]) -> str:
+    return "~" if any(len(times) == 1 for times in measured) else ""
 
 
 def parse_arguments() -> argparse.Namespace:

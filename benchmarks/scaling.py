@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case, to_nchw
 from competitors import Problem, Run, jax_dcn_run
-from report import caption, cores, environment, markdown, write_json
+from report import caption, cores, environment, markdown, paired_ratio, write_json
 
 import jax_dcn
 
@@ -35,8 +35,6 @@ SWEEPS = {
     "output channels": [dataclasses.replace(BASE, c_out=c) for c in (4, 16, 64, 128, 256, 512)],
 }
 IMAGES = [dataclasses.replace(BASE, height=n, width=n) for n in (64, 128, 256)]
-# Below it the fixed cost of a call shows.
-LARGE = 500_000  # multiply-adds, or a megaflop
 
 
 def build(case: Case, backward: bool, data_format: str = "NHWC") -> Run:
@@ -46,8 +44,8 @@ def build(case: Case, backward: bool, data_format: str = "NHWC") -> Run:
     return jax_dcn_run(Problem(case, backward, "float32", cores(), operands, grad_y), data_format=data_format)
 
 
-def medians(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Seconds, of calls in turn. Every turn has an untimed call first, for the caches."""
+def timed(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of calls in turn, round by round. Every turn has an untimed call first, for the caches."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, times in zip(calls, seconds, strict=True):
@@ -55,56 +53,52 @@ def medians(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    return seconds
 
 
 # --- cost ---
 
 
 def measure_cost(rounds: int) -> list[dict[str, Any]]:
+    """The time per multiply-add of each case, and its ratio to that of BASE, which every round of a sweep has too."""
     entries = []
     for sweep, cases in SWEEPS.items():
-        both = (False, True)
-        times = iter(medians([build(case, backward) for case in cases for backward in both], rounds))
-        for case in cases:
-            forward, total = next(times), next(times)
-            entries.append(
-                {
-                    "sweep": sweep,
-                    "pixels": case.height * case.width,
-                    "taps": case.kernel**2,
-                    "c_in": case.c_in,
-                    "c_out": case.c_out,
-                    "multiply_adds": case.multiply_adds,
-                    # The backward pass has two products of the forward's size.
-                    "ns_forward": forward / case.multiply_adds * 1e9,
-                    "ns_both": total / (3 * case.multiply_adds) * 1e9,
-                }
-            )
+        times = {
+            backward: timed([build(case, backward) for case in (BASE, *cases)], rounds) for backward in (False, True)
+        }
+        for i, case in enumerate(cases, 1):
+            entry = {
+                "sweep": sweep,
+                "pixels": case.height * case.width,
+                "taps": case.kernel**2,
+                "c_in": case.c_in,
+                "c_out": case.c_out,
+                "multiply_adds": case.multiply_adds,
+            }
+            for direction, backward in (("forward", False), ("both", True)):
+                # The backward pass has two products of the forward's size.
+                work = case.multiply_adds * (3 if backward else 1)
+                entry[f"ns_{direction}"] = statistics.median(times[backward][i]) / work * 1e9
+                ratio = paired_ratio(times[backward][i], times[backward][0])
+                entry[f"relative_{direction}"] = ratio * BASE.multiply_adds / case.multiply_adds
+            entries.append(entry)
     return entries
 
 
 def cost_tables(entries: list[dict[str, Any]]) -> str:
-    directions = {"ns_forward": "forward", "ns_both": "forward and backward"}
-    rows = [
-        [e["sweep"], *(str(e[key]) for key in ("pixels", "taps", "c_in", "c_out")), f"{e['multiply_adds'] / 1e6:.2f}"]
-        + [f"{e[key]:.4f}" for key in directions]
-        for e in entries
-    ]
-    header = ["varied", "pixels", "taps", "C_in", "C_out", "million multiply-adds", *directions.values()]
-    spreads = []
-    for sweep in SWEEPS:
-        large = [e for e in entries if e["sweep"] == sweep and e["multiply_adds"] >= LARGE]
-        values = [[e[key] for e in large] for key in directions]
-        spreads.append([sweep, *(f"{max(v) / min(v) - 1:.0%}" for v in values)])
-    return "\n\n".join(
-        [
-            "Nanoseconds per multiply-add",
-            markdown(header, rows),
-            "Spread: largest over smallest above a megaflop. A sample serves all output channels, so with few of them "
-            "the time per multiply-add must grow. With few pixels it is the reading of the weight that counts.",
-            markdown(["varied", *directions.values()], spreads),
-        ]
+    def row(e: dict[str, Any]) -> list[str]:
+        sizes = [str(e[key]) for key in ("sweep", "pixels", "taps", "c_in", "c_out")]
+        costs = [f"{e['ns_forward']:.4f}", f"{e['relative_forward']:.2f}"]
+        costs += [f"{e['ns_both']:.4f}", f"{e['relative_both']:.2f}"]
+        return [*sizes, f"{e['multiply_adds'] / 1e6:.2f}", *costs]
+
+    header = ["varied", "pixels", "taps", "C_in", "C_out", "million multiply-adds"]
+    header += ["forward", "relative", "forward and backward", "relative"]
+    return (
+        "Nanoseconds per multiply-add, and relative to those of the case with 4096 pixels, 9 taps and 128 channels, "
+        "which ran in the same rounds: that case's own row, 1.00 but for noise, tells how far to trust the others. A "
+        "sample serves all output channels, so with few of them the time per multiply-add must grow. With few pixels "
+        "it is the reading of the weight that counts.\n\n" + markdown(header, [row(e) for e in entries])
     )
 
 
@@ -148,7 +142,8 @@ def measure_latency(rounds: int) -> dict[str, float]:
         if function is not addition and "custom-call" not in jitted.lower(*operands).compile().as_text():
             raise SystemExit(f"latency, {name}: the compiled program calls no kernel")
         calls[name] = lambda jitted=jitted, operands=operands: jax.block_until_ready(jitted(*operands))
-    return dict(zip(calls, (seconds * 1e6 for seconds in medians(list(calls.values()), rounds)), strict=True))
+    times = timed(list(calls.values()), rounds)
+    return {name: statistics.median(seconds) * 1e6 for name, seconds in zip(calls, times, strict=True)}
 
 
 # --- memory ---

@@ -33,6 +33,7 @@ class Backward {
         nchw_(arrays.format == DataFormat::kNCHW),
         want_sums_(arrays.grad_offset || arrays.grad_mask),
         want_grad_samples_(want_sums_ || arrays.grad_x),
+        want_samples_(want_grad_samples_ || arrays.grad_weight),
         slices_(g, kSliceChannels, kLanes<Real>),
         tap_blocks_(TapBlocks(g, slices_.max_channels())),
         max_taps_(CeilDiv(g.taps(), tap_blocks_)),
@@ -61,7 +62,7 @@ class Backward {
     const Shared shared(*this, carver);
 
     const T* x = static_cast<const T*>(arrays_.x.data);
-    if (nchw_) {
+    if (nchw_ && want_samples_) {
       TransposeImages(workers, g_.batch, g_.c_in, g_.image(), x, shared.x);
       x = shared.x;
     }
@@ -121,7 +122,7 @@ class Backward {
   // Memory that all threads see. In NCHW x, grad_x and grad_weight are worked on in NHWC.
   struct Shared {
     Shared(const Backward& b, Carver& carver)
-        : x(carver.Take<T>(b.nchw_ ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
+        : x(carver.Take<T>(b.nchw_ && b.want_samples_ ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
           grad_x(carver.Take<Real>(b.nchw_ && b.arrays_.grad_x ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
           weights(carver.Take<Real>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
           parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
@@ -221,15 +222,17 @@ class Backward {
     if (band.begin == 0 && arrays_.grad_x) ZeroGradX(Images(chunk), slice, shared.grad_x);
     const TileGrid tiles = ChunkTiles(chunk);
     for (int64_t tile = band.begin; tile < Min(band.end, tiles.count()); ++tile) {
+      const bool sum_grad_y = arrays_.grad_bias && slice.group_begin == 0;
+      if (!want_samples_ && !sum_grad_y) break;
       sampler_.StartTile(tiles[tile], space.sampler);
       const int64_t pixels = space.sampler.tile->pixels;
       PackGradY(slice, space);
-      if (arrays_.grad_bias && slice.group_begin == 0) {
+      if (sum_grad_y) {
         Real* sums =
             chunk == 0 ? static_cast<Real*>(arrays_.grad_bias.data) : shared.grad_biases + (chunk - 1) * g_.c_out;
         SumGradY(slice, pixels, tile > 0, sums, space);
       }
-      if (!want_grad_samples_ && !arrays_.grad_weight) continue;
+      if (!want_samples_) continue;
       sampler_.StartSlice(slice, space.sampler);
       Real* parts = nullptr;
       if (want_sums_) {
@@ -480,6 +483,7 @@ class Backward {
   const bool nchw_;
   const bool want_sums_;          // for the gradients of offset and mask
   const bool want_grad_samples_;  // for these and grad_x
+  const bool want_samples_;       // these or the samples, for grad_weight: anything but grad_bias
   const Slices slices_;
   const int64_t tap_blocks_;
   const int64_t max_taps_;      // of a block

@@ -33,7 +33,8 @@ class Forward {
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) return true;
     const bool nchw = arrays_.format == DataFormat::kNCHW;
-    const Memory packed(g_.c_in * g_.taps() * panels_ * width_ * static_cast<int64_t>(sizeof(Operand)));
+    const int64_t columns = g_.depthwise() ? 1 : panels_ * width_;
+    const Memory packed(g_.c_in * g_.taps() * columns * static_cast<int64_t>(sizeof(Operand)));
     const Memory copy(nchw ? g_.batch * g_.image() * g_.c_in * static_cast<int64_t>(sizeof(T)) : 0);
     Carver counter;
     Scratch(*this, counter);

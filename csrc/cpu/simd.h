@@ -1,5 +1,5 @@
 // Vectors of the instruction set that this copy is compiled for, by the compilers' vector extensions; intrinsics
-// only for what these cannot say: partial and converting loads and stores, and sums across lanes.
+// only for what these cannot say: partial and converting loads and stores, products of pairs, and sums across lanes.
 
 #pragma once
 
