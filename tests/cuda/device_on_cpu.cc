@@ -142,7 +142,7 @@ constexpr int16_t kSeveralWarps = 4096;
 constexpr int kCell = 2;
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // of a block, sm_90; sm_80 has 163 KiB, sm_86 and sm_89 have 99
+constexpr int kMaxShared = 227 << 10;  // of a block, sm_90; sm_80 has 163 KiB, sm_86 and sm_89 have 99
 
 struct Device {
   Fiber scheduler;
@@ -154,9 +154,9 @@ struct Device {
   std::mt19937_64 random;
   const char* kernel = "(none)";
   const std::function<void()>* body = nullptr;
-  Index3 block{};
+  BlockIndices block{};
   int size = 0;  // threads of a block
-  size_t shared_bytes = 0;
+  int shared_bytes = 0;
   int arrived = 0;  // at the barrier
   std::vector<int> ready;
   int current = -1;
@@ -216,7 +216,7 @@ void ThreadMain() {
   }
 }
 
-void RunBlock(Index3 block) {
+void RunBlock(BlockIndices block) {
   device.block = block;
   device.block_start = device.block_time = ++device.time;
   for (Warp& warp : device.warps) warp = {0, device.time};
@@ -264,8 +264,8 @@ bool Unordered(uint32_t time, int16_t by) {
 }
 
 Cell* Cells(ptrdiff_t offset, int bytes, int alignment) {
-  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(device.shared_bytes)) {
-    Fail("%d bytes at %td are outside the %zu bytes of shared memory", bytes, offset, device.shared_bytes);
+  if (offset < 0 || offset + bytes > device.shared_bytes) {
+    Fail("%d bytes at %td are outside the %d bytes of shared memory", bytes, offset, device.shared_bytes);
   }
   if (offset % alignment != 0) Fail("%d bytes of shared memory at %td are not aligned", bytes, offset);
   return &device.cells[offset / kCell];
@@ -394,7 +394,7 @@ namespace {
 
 float Element(uint32_t word, int half, MatrixType type) {
   uint32_t bits = word;
-  if (type == MatrixType::kHalf) {
+  if (type == MatrixType::kFloat16) {
     const uint16_t half_bits = static_cast<uint16_t>(word >> (16 * half));
     _Float16 value;
     std::memcpy(&value, &half_bits, sizeof(value));
@@ -487,12 +487,12 @@ void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site site) {
 
 // -------------------------------------------------------------------------------------------------- Launches
 
-cudaError_t Run(void (*kernel)(), dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
-      block.x == 0 || block.x > kMaxThreads || block.y != 1 || block.z != 1) {
+      block <= 0 || block > kMaxThreads) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > kMaxShared) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > kMaxShared) return cudaErrorInvalidValue;
   Dl_info symbol{};
   char* demangled = nullptr;
   if (dladdr(reinterpret_cast<void*>(kernel), &symbol) != 0 && symbol.dli_sname != nullptr) {
@@ -500,7 +500,7 @@ cudaError_t Run(void (*kernel)(), dim3 grid, dim3 block, size_t shared_bytes, co
   }
   device.kernel = demangled != nullptr ? demangled : "(unnamed)";
   device.body = &thread;
-  device.size = static_cast<int>(block.x);
+  device.size = block;
   device.shared_bytes = shared_bytes;
   device.random.seed(settings.seed);
 
@@ -519,7 +519,7 @@ cudaError_t Run(void (*kernel)(), dim3 grid, dim3 block, size_t shared_bytes, co
 }  // namespace on_cpu
 
 int ThreadIndex() { return on_cpu::device.current; }
-Index3 BlockIndex() { return on_cpu::device.block; }
+BlockIndices BlockIndex() { return on_cpu::device.block; }
 
 void SyncThreads(on_cpu::Site site) {
   using namespace on_cpu;

@@ -8,19 +8,22 @@
 //    CopyAsync16 may still write it;
 //  - two threads at the same shared memory, one of them writing, without a SyncThreads, or within a warp a SyncWarp,
 //    between them (other warp collectives exchange registers but do not order memory);
-//  - a misaligned 16-byte access to global memory.
+//  - a misaligned vector access to global memory.
 // Accesses outside arrays in global memory are left to AddressSanitizer.
 
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <tuple>
 #include <type_traits>
+
+#include "../../csrc/cuda/device.h"  // the types of both sides
 
 #define JAX_DCN_GLOBAL
 #define JAX_DCN_DEVICE inline
@@ -29,17 +32,9 @@
 namespace jax_dcn {
 namespace cuda {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-struct TF32 {};
+inline constexpr bool kTensorCores = true;
 
 namespace on_cpu {
-
-inline constexpr int kWarp = 32;
 
 // Where in the sources a facility is called: as a default argument, where the function that has it is called.
 struct Site {
@@ -66,22 +61,24 @@ using Operands = void* [kWarp];
 void Collective(const char* what, Site, void* operand, void (*all)(Operands&));
 
 void CheckGlobal(const char* what, const void*, int alignment);
+template <class Vector>
+Vector LoadGlobal(const void* from) {
+  CheckGlobal("LoadGlobal", from, sizeof(Vector));
+  return static_cast<const Vector*>(from)[std::strcmp(settings.fault, "load") == 0];
+}
 
-enum class MatrixType { kHalf, kBFloat16, kTF32 };
+enum class MatrixType { kFloat16, kBFloat16, kTF32 };
 void MultiplyAccumulate(float* c, const uint32_t* a, const uint32_t* b, MatrixType, Site);
 void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site);
 void CopyAsync16(ptrdiff_t to, const void* from, bool valid);
 void CopyWait(int pending);
 
-cudaError_t Run(void (*kernel)(), dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread);
 
 }  // namespace on_cpu
 
-struct Index3 {
-  int x, y, z;
-};
 int ThreadIndex();
-Index3 BlockIndex();
+BlockIndices BlockIndex();
 
 // A pointer into shared memory. Elements of a Shared<const T> are values; of a Shared<T>, references that read and
 // write when converted and assigned.
@@ -135,13 +132,8 @@ class Shared {
 };
 
 template <class T>
-Shared<T> SharedMemory() {
-  return Shared<T>(0);
-}
-
-template <class U, class T>
-Shared<U> SharedCast(Shared<T> from) {
-  return Shared<U>(from.offset());
+Shared<T> SharedMemory(int byte) {
+  return Shared<T>(byte);
 }
 
 void SyncThreads(on_cpu::Site = on_cpu::Site::Here());
@@ -155,10 +147,10 @@ T Shuffle(const char* what, T value, int (*source)(int lane, int argument), int 
     int argument;
   } operand{value, value, source, argument};
   on_cpu::Collective(what, site, &operand, [](on_cpu::Operands& operands) {
-    for (int lane = 0; lane < on_cpu::kWarp; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
       Operand& own = *static_cast<Operand*>(operands[lane]);
       const int from = own.source(lane, own.argument);
-      if (from < on_cpu::kWarp) own.result = static_cast<Operand*>(operands[from])->value;
+      if (from < kWarp) own.result = static_cast<Operand*>(operands[from])->value;
     }
   });
   return operand.result;
@@ -174,8 +166,7 @@ T ShuffleDown(T value, int delta, on_cpu::Site site = on_cpu::Site::Here()) {
   return Shuffle("ShuffleDown", value, [](int lane, int delta) { return lane + delta; }, delta, site);
 }
 
-template <class T, class U>
-void CopyAsync16(Shared<T> to, const U* from, bool valid = true) {
+inline void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
   on_cpu::CopyAsync16(to.offset(), from, valid);
 }
 void CopyCommit();
@@ -184,46 +175,75 @@ void CopyWait() {
   on_cpu::CopyWait(kPending);
 }
 
-template <class T>
-void LoadMatrix4(uint32_t (&r)[4], Shared<T> row, on_cpu::Site site = on_cpu::Site::Here()) {
-  on_cpu::LoadMatrix4(r, row.offset(), false, site);
+inline void LoadMatrix4(uint32_t (&to)[4], Shared<const Vector16> row, on_cpu::Site site = on_cpu::Site::Here()) {
+  on_cpu::LoadMatrix4(to, row.offset(), false, site);
 }
-template <class T>
-void LoadMatrix4Transposed(uint32_t (&r)[4], Shared<T> row, on_cpu::Site site = on_cpu::Site::Here()) {
-  on_cpu::LoadMatrix4(r, row.offset(), true, site);
+inline void LoadMatrix4Transposed(uint32_t (&to)[4], Shared<const Vector16> row,
+                                  on_cpu::Site site = on_cpu::Site::Here()) {
+  on_cpu::LoadMatrix4(to, row.offset(), true, site);
 }
 
-template <class Type>
-void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Type,
+template <class Tag>
+void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tag,
                         on_cpu::Site site = on_cpu::Site::Here()) {
-  constexpr auto type = std::is_same_v<Type, Half>       ? on_cpu::MatrixType::kHalf
-                        : std::is_same_v<Type, BFloat16> ? on_cpu::MatrixType::kBFloat16
-                                                         : on_cpu::MatrixType::kTF32;
+  constexpr auto type = std::is_same_v<Tag, Float16>    ? on_cpu::MatrixType::kFloat16
+                        : std::is_same_v<Tag, BFloat16> ? on_cpu::MatrixType::kBFloat16
+                                                        : on_cpu::MatrixType::kTF32;
   on_cpu::MultiplyAccumulate(c, a, b, type, site);
 }
 
+inline Vector16 LoadGlobal16(const void* from) { return on_cpu::LoadGlobal<Vector16>(from); }
+inline Vector8 LoadGlobal8(const void* from) { return on_cpu::LoadGlobal<Vector8>(from); }
+
 // Blocks run one after another, so plain additions will do.
-template <class T>
-void AtomicAdd(T* to, T value) {
+template <class Real>
+void AtomicAdd(Real* to, Real value) {
   *to += value;
 }
-template <class Vector>
-void AtomicAdd4(float* to, const Vector& value) {
-  static_assert(sizeof(Vector) == 4 * sizeof(float));
+template <class Real>
+void AtomicAdd4(Real* to, const Real (&value)[4]) {
   on_cpu::CheckGlobal("AtomicAdd4", to, 16);
-  float values[4];
-  std::memcpy(values, &value, sizeof(values));
-  for (int i = 0; i < 4; ++i) to[i] += values[i];
+  for (int i = 0; i < 4; ++i) to[i] += value[i];
 }
 
-inline uint4 LoadGlobal16(const void* from) {
-  on_cpu::CheckGlobal("LoadGlobal16", from, 16);
-  const auto* words = static_cast<const unsigned*>(from) + 4 * (std::strcmp(on_cpu::settings.fault, "load") == 0);
-  return {words[0], words[1], words[2], words[3]};
+template <class To, class From>
+To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+inline uint32_t FloatBits(float value) { return BitCast<uint32_t>(value); }
+inline float BitsFloat(uint32_t bits) { return BitCast<float>(bits); }
+inline uint64_t DoubleBits(double value) { return BitCast<uint64_t>(value); }
+inline double BitsDouble(uint64_t bits) { return BitCast<double>(bits); }
+
+inline float ToFloat(BFloat16 value) { return BitsFloat(static_cast<uint32_t>(value.bits) << 16); }
+inline float ToFloat(Float16 value) { return static_cast<float>(BitCast<_Float16>(value)); }
+inline void FromFloat(float value, BFloat16& to) {
+  const uint32_t bits = FloatBits(value);
+  to.bits = std::isnan(value) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void FromFloat(float value, Float16& to) { to = BitCast<Float16>(static_cast<_Float16>(value)); }
+
+template <class T>
+uint32_t PackPair(float first, float second, T) {
+  T pair[2];
+  FromFloat(first, pair[0]);
+  FromFloat(second, pair[1]);
+  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+}
+
+inline float RoundToTF32(float value) {
+  return std::isfinite(value) ? BitsFloat((FloatBits(value) + 0x1000) & 0xffffe000) : value;
+}
+
+inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
   const std::tuple<Parameters...> parameters(arguments...);
   return on_cpu::Run(reinterpret_cast<void (*)()>(kernel), grid, block, shared_bytes,

@@ -24,7 +24,7 @@ struct Exchange {
 
 void ExchangeKernel(Exchange e, float* out) {
   const int i = ThreadIndex();
-  Shared<float> s = SharedMemory<float>();
+  Shared<float> s = SharedMemory<float>(0);
   s[i] = static_cast<float>(i);
   if (e.barrier) SyncThreads();
   if (e.warp_barrier) SyncWarp();
@@ -34,7 +34,7 @@ void ExchangeKernel(Exchange e, float* out) {
 // A write after another thread's read.
 void OverwriteKernel(bool barrier, float* out) {
   const int i = ThreadIndex();
-  Shared<float> s = SharedMemory<float>();
+  Shared<float> s = SharedMemory<float>(0);
   s[i] = 1;
   SyncThreads();
   out[i] = s[kThreads - 1 - i] + s[i];
@@ -44,8 +44,8 @@ void OverwriteKernel(bool barrier, float* out) {
 
 void CopyKernel(bool wait, const float* in, float* out) {
   const int i = ThreadIndex();
-  Shared<float> s = SharedMemory<float>();
-  CopyAsync16(s + 4 * i, in + 4 * i, i % 2 == 0);
+  const Shared<float> s = SharedMemory<float>(0);
+  CopyAsync16(SharedMemory<Vector16>(0) + i, in + 4 * i, i % 2 == 0);
   CopyCommit();
   if (wait) CopyWait<0>();
   out[i] = s[4 * i + 3];
@@ -78,7 +78,7 @@ template <class Type, class T>
 void ProductKernel(bool transposed, const T* a, const T* b, float* c) {
   constexpr int kDepth = 32 / sizeof(T), kPitch = 48 / sizeof(T), kPitchTransposed = 24;
   const int lane = ThreadIndex();
-  Shared<T> s = SharedMemory<T>();
+  Shared<T> s = SharedMemory<T>(0);
   const int pitch = transposed ? kPitchTransposed : kPitch;
   for (int i = lane; i < 24 * kDepth; i += 32) {
     const int column = i % 24, k = i / 24;  // column: of a, then of b
@@ -88,13 +88,13 @@ void ProductKernel(bool transposed, const T* a, const T* b, float* c) {
   }
   SyncThreads();
   uint32_t a_words[4], b_words[4];
-  constexpr int kVector = 16 / sizeof(T);
+  const Shared<const Vector16> rows = SharedMemory<const Vector16>(0);  // of 3 vectors
   if (transposed) {
-    LoadMatrix4Transposed(a_words, s + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
-    LoadMatrix4Transposed(b_words, s + (lane % 16) * pitch + 16);
+    LoadMatrix4Transposed(a_words, rows + (lane % 8 + lane / 16 * 8) * 3 + lane / 8 % 2);
+    LoadMatrix4Transposed(b_words, rows + (lane % 16) * 3 + 2);
   } else {
-    LoadMatrix4(a_words, s + (lane % 16) * pitch + lane / 16 * kVector);
-    LoadMatrix4(b_words, s + (16 + lane % 8) * pitch + lane / 8 % 2 * kVector);
+    LoadMatrix4(a_words, rows + (lane % 16) * 3 + lane / 16);
+    LoadMatrix4(b_words, rows + (16 + lane % 8) * 3 + lane / 8 % 2);
   }
   float sums[4] = {1, 1, 1, 1};
   MultiplyAccumulate(sums, a_words, {b_words[0], b_words[1]}, Type());
@@ -129,7 +129,7 @@ bool ProductIsRight(bool transposed) {
       std::memcpy(&to, &values[i], 4);
       reinterpret_cast<uint32_t&>(to) |= 0x1fff;
     } else {
-      to = {Bits16(values[i], std::is_same_v<Type, Half>)};
+      to = {Bits16(values[i], std::is_same_v<Type, Float16>)};
     }
   }
   for (int m = 0; m < 16; ++m) {
@@ -169,7 +169,7 @@ int Main(const std::string& name) {
     return out[33] != 2 * 1520 + 35000;
   }
   if (name == "products") {
-    return !(ProductIsRight<Half, Half>(false) && ProductIsRight<Half, Half>(true) &&
+    return !(ProductIsRight<Float16, Float16>(false) && ProductIsRight<Float16, Float16>(true) &&
              ProductIsRight<BFloat16, BFloat16>(false) && ProductIsRight<BFloat16, BFloat16>(true) &&
              ProductIsRight<TF32, float>(false));
   }
