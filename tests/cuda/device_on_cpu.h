@@ -136,6 +136,11 @@ Shared<T> SharedMemory(int byte) {
   return Shared<T>(byte);
 }
 
+template <class U, class T>
+Shared<U> SharedCast(Shared<T> from) {
+  return Shared<U>(from.offset());
+}
+
 void SyncThreads(on_cpu::Site = on_cpu::Site::Here());
 void SyncWarp(on_cpu::Site = on_cpu::Site::Here());
 

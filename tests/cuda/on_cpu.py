@@ -45,7 +45,7 @@ def run(programs, case, mode, operands, cotangent=None, wanted=NAMES, determinis
     wanted = [name for name in wanted if name in operands]
     code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in NAMES}
     call = struct.pack(
-        "27q",
+        "29q",
         *sizes,
         cotangent is not None,
         *(code["x"], code["offset"], code["mask"], "bias" in operands),
