@@ -84,6 +84,12 @@ JAX_DCN_DEVICE Shared<T> SharedMemory(int byte) {
   return reinterpret_cast<T*>(reinterpret_cast<char*>(shared_memory) + byte);
 }
 
+// The same memory as elements of another type.
+template <class U, class T>
+JAX_DCN_DEVICE Shared<U> SharedCast(Shared<T> from) {
+  return reinterpret_cast<U*>(from);
+}
+
 JAX_DCN_DEVICE uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
