@@ -51,7 +51,8 @@ string(REGEX REPLACE "([^;]+)-virtual" "\\1+PTX" architectures "${architectures}
 string(REPLACE ";" " " architectures "${architectures}")
 message(STATUS "jax_dcn: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, kernels for ${architectures}")
 
-add_library(kernels_cuda OBJECT csrc/cuda/kernels.cu)
+file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+add_library(kernels_cuda OBJECT ${sources})
 jax_dcn_options(kernels_cuda)
 set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
 target_compile_definitions(kernels_cuda PRIVATE "JAX_DCN_CUDA_ARCHITECTURES=\"${architectures}\"")

@@ -31,3 +31,10 @@ def implementation(request, monkeypatch):
 @pytest.fixture(params=["NCHW", "NHWC"])
 def data_format(request):
     return request.param
+
+
+@pytest.fixture
+def cuda_kernels():
+    """The CUDA kernels, loaded, with or without a GPU. Where JAX_DCN_REQUIRE_CUDA is set, they must be there."""
+    if native.CUDA_MISSING is not None:
+        (pytest.fail if os.environ.get("JAX_DCN_REQUIRE_CUDA") else pytest.skip)(native.CUDA_MISSING)
