@@ -16,10 +16,14 @@ from jax_dcn.geometry import Geometry
 CASE = Case("small", c_in=8, c_out=4, size=(5, 6), groups=2, deform_groups=2)
 TARGETS = (native.DEFORM_CONV2D, native.DEFORM_CONV2D_BACKWARD)
 
-pytestmark = [
-    pytest.mark.usefixtures("cuda_kernels"),
-    pytest.mark.filterwarnings("ignore:.*float64.*is not available"),
-]
+pytestmark = pytest.mark.usefixtures("cuda_kernels", "jax_defaults")
+
+
+@pytest.fixture
+def jax_defaults():
+    """Without the precision that conftest.py asks for."""
+    with jax.default_matmul_precision(None):
+        yield
 
 
 def operands(case=CASE, dtype="float32"):
