@@ -1,5 +1,6 @@
 // Runs the CUDA kernels on the CPU once: arrays from standard input, results to standard output. test_cuda_on_cpu.py
-// writes and reads them. Arguments: the seed of the order of blocks and threads and, if wanted, a fault and its call.
+// writes and reads them. Arguments: the seed of the order of blocks and threads and, if wanted, the number of a Fault
+// and its call.
 //
 // Every array is an allocation of its own of the exact size, so that AddressSanitizer sees what lies outside. Results
 // and work space start as NaN.
@@ -134,7 +135,7 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
 int main(int count, char** arguments) {
   cuda::on_cpu::settings.seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 0;
   if (count > 3) {
-    cuda::on_cpu::settings.fault = arguments[2];
+    cuda::on_cpu::settings.fault = static_cast<cuda::on_cpu::Fault>(std::atoi(arguments[2]));
     cuda::on_cpu::settings.fault_call = std::atoi(arguments[3]);
   }
   Call call;

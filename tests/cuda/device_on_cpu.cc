@@ -2,6 +2,7 @@
 
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -13,13 +14,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
 
 namespace jax_dcn {
 namespace cuda {
@@ -37,14 +31,9 @@ constexpr size_t kPage = 4096;
 struct Fiber {
   void* bottom = nullptr;  // of the stack
   size_t size = 0;
-#ifdef __x86_64__
   void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
 };
 
-#ifdef __x86_64__
 // Saves the registers that a call preserves on the stack and goes on from another stack where they were so saved.
 // Unlike swapcontext it makes no system call, and a stage of a kernel makes tens of thousands of switches.
 extern "C" void jax_dcn_switch(void** from, void* to);
@@ -71,21 +60,12 @@ jax_dcn_switch:
   ret
 .size jax_dcn_switch, .-jax_dcn_switch
 )");
-#endif
 
 void Switch(Fiber& from, Fiber& to) {
-#ifdef __SANITIZE_ADDRESS__
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
-#endif
-#ifdef __x86_64__
   jax_dcn_switch(&from.stack_pointer, to.stack_pointer);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
 }
 
 void Prepare(Fiber& fiber, void (*entry)()) {
@@ -93,24 +73,17 @@ void Prepare(Fiber& fiber, void (*entry)()) {
   if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) Fail("no memory for the stack of a thread");
   fiber.bottom = static_cast<char*>(memory) + kPage;
   fiber.size = kStack - kPage;
-#ifdef __x86_64__
   void** top = reinterpret_cast<void**>(static_cast<char*>(memory) + kStack);
   *--top = nullptr;  // where entry would return to
   *--top = reinterpret_cast<void*>(entry);
   fiber.stack_pointer = top - 6;  // the registers, zero
-#else
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.bottom;
-  fiber.context.uc_stack.ss_size = fiber.size;
-  makecontext(&fiber.context, entry, 0);
-#endif
 }
 
 // ----------------------------------------------------------------------------------------- Threads and blocks
 
 struct Copy {
   ptrdiff_t to;
-  char bytes[16];
+  Vector16 value;
   int group;
 };
 
@@ -142,7 +115,8 @@ constexpr int16_t kSeveralWarps = 4096;
 constexpr int kCell = 2;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxShared = 227 << 10;  // of a block, sm_90; sm_80 has 163 KiB, sm_86 and sm_89 have 99
+constexpr int kMaxShared =
+    99 << 10;  // of a block on sm_86, sm_89 and sm_120, the least of the tensor core kernels' GPUs
 
 struct Device {
   Fiber scheduler;
@@ -183,9 +157,7 @@ const char* Described(int thread, std::string& text) {
   return text.c_str();
 }
 
-bool Faulty(const char* fault, int call) {
-  return call == settings.fault_call && std::strcmp(settings.fault, fault) == 0;
-}
+bool Faulty(Fault fault, int call) { return settings.fault == fault && settings.fault_call == call; }
 
 void Wait(const char* what, Site site) {
   Thread& thread = device.thread();
@@ -202,11 +174,9 @@ void Wake(int thread) {
 // The entry of every fiber, which lives as long as the process: a stack left for good would keep AddressSanitizer's
 // marks of the frames on it.
 void ThreadMain() {
-#ifdef __SANITIZE_ADDRESS__
   const void* bottom;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &device.scheduler.size);
   device.scheduler.bottom = const_cast<void*>(bottom);
-#endif
   for (;;) {
     (*device.body)();
     Thread& thread = device.thread();
@@ -312,9 +282,7 @@ void Fail(const char* format, ...) {
   std::vfprintf(stderr, format, arguments);
   std::fprintf(stderr, "\n");
   va_end(arguments);
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_print_stack_trace();
-#endif
   std::fflush(stderr);
   std::_Exit(3);
 }
@@ -334,12 +302,10 @@ char* SharedBytes(ptrdiff_t offset, int bytes, int alignment, bool write) {
   return device.shared + offset;
 }
 
-void CopyAsync16(ptrdiff_t to, const void* from, bool valid) {
-  CheckGlobal("CopyAsync16", from, 16);
+void CopyAsync16(ptrdiff_t to, const Vector16& value) {
   Cell* cells = Cells(to, 16, 16);
   Thread& thread = device.thread();
-  Copy& copy = thread.copies.emplace_back(Copy{to, {}, thread.groups});
-  if (valid) std::memcpy(copy.bytes, from, 16);
+  thread.copies.push_back({to, value, thread.groups});
   for (int i = 0; i < 16 / kCell; ++i) {
     CheckWrite(cells[i], to);
     cells[i].copying = true;
@@ -348,12 +314,12 @@ void CopyAsync16(ptrdiff_t to, const void* from, bool valid) {
 
 void CopyWait(int pending) {
   Thread& thread = device.thread();
-  if (Faulty("wait", thread.waited++)) return;
+  if (Faulty(Fault::kWait, thread.waited++)) return;
   const auto done = [&](const Copy& copy) { return copy.group < thread.groups - pending; };
   for (const Copy& copy : thread.copies) {
     if (!done(copy)) continue;
     for (int i = 0; i < 16 / kCell; ++i) device.cells[copy.to / kCell + i].copying = false;
-    std::memcpy(SharedBytes(copy.to, 16, 16, true), copy.bytes, 16);
+    std::memcpy(SharedBytes(copy.to, 16, 16, true), &copy.value, 16);
   }
   thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), done), thread.copies.end());
 }
@@ -463,7 +429,7 @@ void MultiplyAccumulate(float* c, const uint32_t* a, const uint32_t* b, MatrixTy
 // each matrix; transposed, of column l / 4.
 void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site site) {
   uint16_t values[8];
-  if (Faulty("shared", device.thread().loads++)) row += device.shared_bytes;
+  if (Faulty(Fault::kShared, device.thread().loads++)) row += device.shared_bytes;
   std::memcpy(values, SharedBytes(row, 16, 16, false), sizeof(values));
   struct Operand {
     const uint16_t* values;
@@ -525,7 +491,7 @@ void SyncThreads(on_cpu::Site site) {
   using namespace on_cpu;
   Thread& thread = device.thread();
   const int call = thread.barriers++;
-  if (Faulty("barrier", call) || (device.current == 0 && Faulty("barrier_of_one", call))) return;
+  if (Faulty(Fault::kBarrier, call) || (device.current == 0 && Faulty(Fault::kBarrierOfOne, call))) return;
   if (++device.arrived < device.size) return Wait("SyncThreads", site);
   device.arrived = 0;
   device.block_time = ++device.time;

@@ -43,11 +43,20 @@ struct Site {
   static constexpr Site Here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
+// Faults planted into the facilities, to see that they are found.
+enum class Fault {
+  kNone,
+  kBarrier,       // a SyncThreads that does nothing
+  kBarrierOfOne,  // ... in thread 0
+  kWait,          // a CopyWait that does nothing
+  kShared,        // a LoadMatrix4 from beyond the shared memory
+  kGlobal,        // all vectors are loaded from the next address
+};
+
 struct Settings {
   uint64_t seed = 0;  // of the order of blocks and threads
-  // A fault planted into the facilities, to see that it is found: the name and which call of each thread.
-  const char* fault = "";
-  int fault_call = 0;
+  Fault fault = Fault::kNone;
+  int fault_call = 0;  // which call of each thread, from 0 on
 };
 extern Settings settings;
 
@@ -64,13 +73,13 @@ void CheckGlobal(const char* what, const void*, int alignment);
 template <class Vector>
 Vector LoadGlobal(const void* from) {
   CheckGlobal("LoadGlobal", from, sizeof(Vector));
-  return static_cast<const Vector*>(from)[std::strcmp(settings.fault, "load") == 0];
+  return static_cast<const Vector*>(from)[settings.fault == Fault::kGlobal];
 }
 
 enum class MatrixType { kFloat16, kBFloat16, kTF32 };
 void MultiplyAccumulate(float* c, const uint32_t* a, const uint32_t* b, MatrixType, Site);
 void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site);
-void CopyAsync16(ptrdiff_t to, const void* from, bool valid);
+void CopyAsync16(ptrdiff_t to, const Vector16& value);
 void CopyWait(int pending);
 
 cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread);
@@ -172,7 +181,8 @@ T ShuffleDown(T value, int delta, on_cpu::Site site = on_cpu::Site::Here()) {
 }
 
 inline void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
-  on_cpu::CopyAsync16(to.offset(), from, valid);
+  on_cpu::CheckGlobal("CopyAsync16", from, 16);
+  on_cpu::CopyAsync16(to.offset(), valid ? *static_cast<const Vector16*>(from) : Vector16{});
 }
 void CopyCommit();
 template <int kPending>

@@ -174,7 +174,7 @@ int Main(const std::string& name) {
              ProductIsRight<TF32, float>(false));
   }
   if (name == "launches") {
-    return exchange({}, 228 << 10) == cudaSuccess ||
+    return exchange({}, 100 << 10) == cudaSuccess ||
            Launch(DivergentKernel, dim3(1, 65536), 32, 0, nullptr, -1) == cudaSuccess ||
            Launch(DivergentKernel, 1, 1056, 0, nullptr, -1) == cudaSuccess;
   }
