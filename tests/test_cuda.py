@@ -4,10 +4,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import TORCHVISION, Case, deform_conv2d
+from cases import TORCHVISION, Case, deform_conv2d, forward
 from jax import lax
 from processes import run_python
+from tolerances import assert_close
 
 import jax_dcn
 from jax_dcn import lowering, native
@@ -225,6 +227,51 @@ def test_export_with_a_symbolic_batch():
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS],
     )(shapes)
     assert "custom_call @jax_dcn_deform_conv2d_backward" in exported.mlir_module()
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+
+
+def test_float32_is_tf32_by_default(gpu):
+    case = Case("wide", c_in=128, c_out=64, size=(9, 10))
+    y = {name: forward(case, case.operands("float32"), precision=name) for name in ("default", "highest")}
+    exact = forward(case, case.operands("float64"))
+    assert_close(y["highest"], exact, "float32")
+    assert_close(y["default"], exact, "tf32")
+    capability = float(jax.devices()[0].compute_capability)
+    assert np.array_equal(y["default"], y["highest"]) == (capability < 8)
+
+
+def test_command_buffers_launch_the_kernels(gpu):
+    """XLA captures the calls into CUDA graphs, and updates these when the buffers change."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, jax_dcn
+
+@jax.jit
+def function(x, offset, weight):
+    y = jax_dcn.deform_conv2d(jnp.tanh(x), offset, weight, padding=1, data_format="NHWC")
+    return jax_dcn.deform_conv2d(jnp.tanh(y), offset, weight, padding=1, data_format="NHWC")
+
+results = []
+for seed in range(4):
+    rng = np.random.default_rng(seed)
+    x, offset, weight = (jnp.asarray(rng.standard_normal(shape, np.float32))
+                         for shape in ((2, 9, 8, 16), (2, 9, 8, 18), (3, 3, 16, 16)))
+    results.append(np.asarray(function(x, offset, weight)))
+    kept = x  # so that the next one lies elsewhere
+print(" ".join(result.tobytes().hex() for result in results))
+"""
+    plain, captured = (
+        run_python(code, JAX_PLATFORMS="cuda", XLA_FLAGS=f"--xla_gpu_graph_min_graph_size=1 {flag}")
+        for flag in ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL")
+    )
+    assert plain == captured
 
 
 # --- the module and its handlers ---
