@@ -247,8 +247,8 @@ void CheckWrite(const Cell& cell, ptrdiff_t offset) {
     Fail("shared memory at %td is written, and by thread %d, without a barrier between", offset, cell.writer);
   }
   if (Unordered(cell.read, cell.reader)) {
-    Fail("shared memory at %td is written, and read by %s %d, without a barrier between", offset,
-         cell.reader >= kSeveralLanes ? "several threads, code" : "thread", cell.reader);
+    Fail("shared memory at %td is written, and read by %s, without a barrier between", offset,
+         cell.reader < kSeveralLanes ? ("thread " + std::to_string(cell.reader)).c_str() : "several threads");
   }
 }
 
@@ -426,19 +426,24 @@ void MultiplyAccumulate(float* c, const uint32_t* a, const uint32_t* b, MatrixTy
 }
 
 // Lane l gives the address of row l % 8 of matrix l / 8, and gets the elements 2 * (l % 4) and the next of row l / 4 of
-// each matrix; transposed, of column l / 4.
+// each matrix; transposed, of column l / 4. The rows of a matrix are read at once: their 8 x 16 bytes must be of
+// different banks.
 void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site site) {
   uint16_t values[8];
   if (Faulty(Fault::kShared, device.thread().loads++)) row += device.shared_bytes;
   std::memcpy(values, SharedBytes(row, 16, 16, false), sizeof(values));
   struct Operand {
+    ptrdiff_t row;
     const uint16_t* values;
     uint32_t* r;
     bool transposed;
-  } operand{values, r, transposed};
+  } operand{row, values, r, transposed};
   Collective("LoadMatrix4", site, &operand, [](Operands& operands) {
     const auto at = [&](int lane) -> Operand& { return *static_cast<Operand*>(operands[lane]); };
     for (int lane = 0; lane < kWarp; ++lane) {
+      for (int other = lane / 8 * 8; other < lane; ++other) {
+        if ((at(lane).row - at(other).row) % 128 == 0) Fail("LoadMatrix4 of lanes %d, %d: bank conflict", other, lane);
+      }
       const int major = lane / 4, minor = lane % 4 * 2;
       for (int matrix = 0; matrix < 4; ++matrix) {
         const int rows = 8 * matrix;

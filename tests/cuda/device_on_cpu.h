@@ -8,7 +8,8 @@
 //    CopyAsync16 may still write it;
 //  - two threads at the same shared memory, one of them writing, without a SyncThreads, or within a warp a SyncWarp,
 //    between them (other warp collectives exchange registers but do not order memory);
-//  - a misaligned vector access to global memory.
+//  - a misaligned vector access to global memory;
+//  - bank conflicts of LoadMatrix4.
 // Accesses outside arrays in global memory are left to AddressSanitizer.
 
 #pragma once

@@ -66,6 +66,14 @@ void GlobalKernel(const float* in, float* out) { out[ThreadIndex()] = in[ThreadI
 
 void MisalignedKernel(const float* in) { LoadGlobal16(in + 1); }
 
+void BankKernel(int pitch) {
+  const int i = ThreadIndex();
+  SharedMemory<Vector16>(0)[i] = Vector16{};
+  SyncThreads();
+  uint32_t words[4];
+  LoadMatrix4(words, SharedMemory<Vector16>(0) + i * pitch % kThreads);
+}
+
 void ShuffleKernel(float* out) {
   const int i = ThreadIndex();
   float sum = static_cast<float>(i);
@@ -165,6 +173,7 @@ int Main(const std::string& name) {
       if (out[i] != (i % 2 == 0 ? 3 : 0)) return 1;
     }
     run(DivergentKernel, -1);
+    run(BankKernel, 5);
     run(ShuffleKernel, out.data());
     return out[33] != 2 * 1520 + 35000;
   }
@@ -190,6 +199,7 @@ int Main(const std::string& name) {
   if (name == "divergent_shuffle") run(DivergentKernel, 2);
   if (name == "two_shuffles") run(DivergentKernel, 3);
   if (name == "two_barriers") run(DivergentKernel, 4);
+  if (name == "bank_conflict") run(BankKernel, 4);
   if (name == "misaligned") run(MisalignedKernel, in.data());
   if (name == "beyond_global") {
     std::vector<float> few(kThreads - 1);

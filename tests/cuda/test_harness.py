@@ -17,6 +17,7 @@ FAULTS = {
     "divergent_shuffle": "waits at ShuffleXor.* waits at SyncThreads",
     "two_shuffles": "Shuffle.* waits at Shuffle",
     "two_barriers": "SyncWarp.* SyncThreads",
+    "bank_conflict": "bank conflict",
     "misaligned": "not aligned",
     "beyond_global": "heap-buffer-overflow",
 }
