@@ -46,7 +46,11 @@ if(missing)
 endif()
 
 # The names that users know: 90-real is 90, and 90-virtual is PTX, for 90 and all later ones.
-string(REPLACE "-real" "" architectures "${CMAKE_CUDA_ARCHITECTURES}")
+set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+if(architectures STREQUAL "native")
+  set(architectures ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+endif()
+string(REPLACE "-real" "" architectures "${architectures}")
 string(REGEX REPLACE "([^;]+)-virtual" "\\1+PTX" architectures "${architectures}")
 string(REPLACE ";" " " architectures "${architectures}")
 message(STATUS "jax_dcn: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, kernels for ${architectures}")

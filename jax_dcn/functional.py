@@ -68,7 +68,9 @@ def deform_conv2d(
         the numbers nor the batch sizes allowed.
       mask: None, or a factor for every sample, of any of these dtypes, which makes it DCNv2.
       data_format: "NCHW" or "NHWC".
-      precision: as in `jax.lax.conv_general_dilated`. The CPU kernels always use the full precision.
+      precision: as in `jax.lax.conv_general_dilated`, and by default what `jax.default_matmul_precision` says. The CPU
+        kernels always use the full precision. The CUDA kernels multiply float32 as TF32 unless "highest" asks for
+        float32.
 
     Returns:
       The result, of x's dtype. Coordinates, interpolation and sums are in float32, in float64 for float64.

@@ -55,7 +55,7 @@ ffi::Error ToError(const cuda::Status& status) {
     case cudaErrorNoKernelImageForDevice:
       return precondition("the CUDA kernels were built for the architectures " + std::string(cuda::Architectures()) +
                           ", none of which runs on this GPU, of compute capability " + ComputeCapability() +
-                          ". Install jax_dcn with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=native in the environment, or "
+                          ". Install jax_dcn with CUDAARCHS=native in the environment, or "
                           "set JAX_DCN_IMPLEMENTATION=xla");
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorInsufficientDriver:
