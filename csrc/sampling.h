@@ -2,13 +2,17 @@
 // corners, weights and derivatives. The definition is that of mmcv's deformable convolution.
 //
 // The CPU kernels are compiled once per instruction set; JAX_DCN_TARGET names the namespace of each copy, so that
-// the linker never takes one instruction set's copy of an inline function for another's.
+// the linker never takes one instruction set's copy of an inline function for another's. On CUDA it is `cuda`.
 
 #pragma once
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define JAX_DCN_INLINE __host__ __device__ __forceinline__
+#else
 #define JAX_DCN_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {

@@ -68,7 +68,9 @@ def deform_conv2d(
         the numbers nor the batch sizes allowed.
       mask: None, or a factor for every sample, of any of these dtypes, which makes it DCNv2.
       data_format: "NCHW" or "NHWC".
-      precision: as in `jax.lax.conv_general_dilated`. The CPU kernels always use the full precision.
+      precision: as in `jax.lax.conv_general_dilated`, and by default what `jax.default_matmul_precision` says. Unless
+        it is "highest", the CUDA kernels multiply float32 as TF32, and the CPU's forward kernel bfloat16 with samples
+        rounded to bfloat16 where the processor has AVX512-BF16.
 
     Returns:
       The result, of x's dtype. Coordinates, interpolation and sums are in float32, in float64 for float64.

@@ -9,6 +9,7 @@ import dataclasses
 import operator
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
@@ -110,7 +111,12 @@ def to_count(name: str, argument: str, value: Any) -> int:
 
 
 def to_precision(name: str, precision: Any) -> Any:
-    """A precision, in any of the forms that `jax.lax.conv_general_dilated` takes, as a hashable one."""
+    """A precision, in any of the forms that `jax.lax.conv_general_dilated` takes, as a hashable one.
+
+    None means what `jax.default_matmul_precision` says, if anything, when the function is traced.
+    """
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision
     if isinstance(precision, (tuple, list)) and len(precision) == 2:
         return tuple(to_precision(name, p) for p in precision)
     if precision is None or isinstance(precision, (lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)):

@@ -6,11 +6,14 @@ None being every platform without an entry of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_dcn import native, reference
 from jax_dcn.geometry import Geometry
@@ -43,8 +46,21 @@ def _deform_conv2d_xla(*operands, names, geometry, **params):
 
 def _deform_conv2d_cpu(*operands, names, geometry, precision):
     given = dict(zip(names, operands, strict=True))
-    result = jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, given["weight"].shape), given["x"].dtype)
-    return native.call(native.DEFORM_CONV2D, [result], given, geometry)
+    attributes = native.attributes(given, geometry, highest_precision=_is_high(precision))
+    return native.call(native.DEFORM_CONV2D, [_y(given, geometry)], given, attributes)
+
+
+def _deform_conv2d_cuda(*operands, names, geometry, precision):
+    nhwc = dataclasses.replace(geometry, data_format="NHWC")
+    given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
+    attributes = native.attributes(given, nhwc, **_cuda_options(given, precision))
+    workspace = native.cuda_workspace(native.DEFORM_CONV2D, given, attributes)
+    y, _ = native.call(native.DEFORM_CONV2D, [_y(given, nhwc), workspace], given, attributes)
+    return [_from_nhwc("y", y, geometry)]
+
+
+def _y(given: dict[str, jax.Array], geometry: Geometry) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, given["weight"].shape), given["x"].dtype)
 
 
 def _deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
@@ -60,18 +76,90 @@ def _deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
 
 def _deform_conv2d_backward_cpu(*operands, names, geometry, precision, wanted):
     given = dict(zip(names, operands, strict=True))
-    shapes = {name: operand.shape for name, operand in given.items()} | {
-        "bias": (given["weight"].shape[geometry.out_axis],)
-    }
-    dtypes = {name: operand.dtype for name, operand in given.items()} | {"bias": given["x"].dtype}
-    # Gradients of one value per pixel have its dtype, those that many samples add to come in the dtype of their sums.
+    attributes = native.attributes(given, geometry, **_flags(wanted))
+    results = _summed_gradients(given, wanted, geometry)
+    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
+    return _rounded(gradients, given, wanted)
+
+
+def _deform_conv2d_backward_cuda(*operands, names, geometry, precision, wanted):
+    nhwc = dataclasses.replace(geometry, data_format="NHWC")
+    given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
+    attributes = native.attributes(given, nhwc, **_flags(wanted), **_cuda_options(given, precision))
+    workspace = native.cuda_workspace(native.DEFORM_CONV2D_BACKWARD, given, attributes)
+    results = [*_summed_gradients(given, wanted, nhwc), workspace]
+    *gradients, _ = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
+    gradients = _rounded(gradients, given, wanted)
+    return [_from_nhwc(name, gradient, geometry) for name, gradient in zip(wanted, gradients, strict=True)]
+
+
+def _flags(wanted: tuple[str, ...]) -> dict[str, bool]:
+    return {f"grad_{name}": name in wanted for name in GRADIENTS}
+
+
+def _summed_gradients(
+    given: dict[str, jax.Array], wanted: tuple[str, ...], geometry: Geometry
+) -> list[jax.ShapeDtypeStruct]:
+    """The gradients as the kernels give them.
+
+    Those of one value per pixel have its dtype, those that many samples add to come in the dtype of their sums.
+    """
+    shapes = {name: operand.shape for name, operand in given.items()}
+    shapes["bias"] = (given["weight"].shape[geometry.out_axis],)
     summed = reference.accumulation_dtype(given["x"].dtype)
-    results = [
-        jax.ShapeDtypeStruct(shapes[name], dtypes[name] if name in ("offset", "mask") else summed) for name in wanted
+    return [
+        jax.ShapeDtypeStruct(shapes[name], given[name].dtype if name in ("offset", "mask") else summed)
+        for name in wanted
     ]
-    flags = {f"grad_{name}": name in wanted for name in GRADIENTS}
-    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, geometry, **flags)
+
+
+def _rounded(gradients: Sequence[jax.Array], given: dict[str, jax.Array], wanted: tuple[str, ...]) -> list[jax.Array]:
+    """The gradients in their operands' dtypes, the bias's being x's."""
+    dtypes = {name: operand.dtype for name, operand in given.items()} | {"bias": given["x"].dtype}
     return [gradient.astype(dtypes[name]) for name, gradient in zip(wanted, gradients, strict=True)]
+
+
+# --- options of the kernels ---
+
+# The precisions that allow the operands of products to be rounded: on GPUs float32 to TF32, whose numbers have 11
+# significant bits (Precision.HIGH does so for XLA's own products too), on CPUs the samples of bfloat16 images to
+# bfloat16. All others mean float32.
+_ALLOW_ROUNDING = {
+    None,
+    lax.Precision.DEFAULT,
+    lax.Precision.HIGH,
+    lax.DotAlgorithmPreset.DEFAULT,
+    lax.DotAlgorithmPreset.TF32_TF32_F32,
+    lax.DotAlgorithmPreset.F16_F16_F32,
+    lax.DotAlgorithmPreset.F16_F16_F16,
+    lax.DotAlgorithmPreset.BF16_BF16_F32,
+    lax.DotAlgorithmPreset.BF16_BF16_BF16,
+}
+
+# XLA's flags that ask for results that are the same in every run.
+_DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+
+
+def _is_high(precision: Any) -> bool:
+    of_both = set(precision) if isinstance(precision, tuple) else {precision}
+    return not of_both <= _ALLOW_ROUNDING
+
+
+def _cuda_options(given: dict[str, jax.Array], precision: Any) -> dict[str, bool]:
+    highest = given["x"].dtype == jnp.float32 and _is_high(precision)
+    return {"highest_precision": highest, "deterministic": _deterministic(os.environ.get("XLA_FLAGS", ""))}
+
+
+def _deterministic(xla_flags: str) -> bool:
+    """What XLA_FLAGS ask for. A flag without a value is on, and the last of several counts."""
+    values = {}
+    for flag in xla_flags.split():
+        name, _, value = flag.lstrip("-").partition("=")
+        values[name] = value.lower() not in ("false", "0")
+    return any(values.get(name, False) for name in _DETERMINISTIC)
+
+
+# --- tables ---
 
 
 def _lowerings(xla: Callable[..., Any], kernels: dict[str, Callable[..., Any]]) -> dict[str | None, Callable[..., Any]]:
@@ -86,9 +174,13 @@ def _lowerings(xla: Callable[..., Any], kernels: dict[str, Callable[..., Any]]) 
     return {platform: choosing(kernel) for platform, kernel in {None: xla, **kernels}.items()}
 
 
-_HAS_CPU = native.MISSING is None
+def _available(**kernels: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    missing = {"cpu": native.MISSING, "cuda": native.CUDA_MISSING}
+    return {platform: kernel for platform, kernel in kernels.items() if missing[platform] is None}
 
-DEFORM_CONV2D = _lowerings(_deform_conv2d_xla, {"cpu": _deform_conv2d_cpu} if _HAS_CPU else {})
+
+DEFORM_CONV2D = _lowerings(_deform_conv2d_xla, _available(cpu=_deform_conv2d_cpu, cuda=_deform_conv2d_cuda))
 DEFORM_CONV2D_BACKWARD = _lowerings(
-    _deform_conv2d_backward_xla, {"cpu": _deform_conv2d_backward_cpu} if _HAS_CPU else {}
+    _deform_conv2d_backward_xla,
+    _available(cpu=_deform_conv2d_backward_cpu, cuda=_deform_conv2d_backward_cuda),
 )

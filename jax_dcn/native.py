@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import jax
 import jaxlib
@@ -19,33 +22,44 @@ from jax_dcn.version import __version__
 DEFORM_CONV2D = "jax_dcn_deform_conv2d"
 DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 
-try:
-    _native = importlib.import_module("jax_dcn._native")
-except ImportError as error:
-    _native = None
-    MISSING: str | None = str(error)
+
+def _load(name: str, platform: str) -> tuple[ModuleType | None, str | None]:
+    """A native module with its handlers registered, or None and why there is none."""
+    try:
+        module = importlib.import_module(f"jax_dcn.{name}")
+    except ImportError as error:
+        return None, str(error)
+    for target, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(target, handler, platform=platform)
+    return module, None
+
+
+_native, MISSING = _load("_native", "cpu")
+if MISSING is not None:
     warnings.warn(
-        f"jax_dcn: the native module could not be loaded ({error}); plain XLA takes its place, which is many times "
+        f"jax_dcn: the native module could not be loaded ({MISSING}); plain XLA takes its place, which is many times "
         "slower. A source folder has no native module: start Python elsewhere, or install with pip install -e.",
         RuntimeWarning,
         stacklevel=2,
     )
+
+CUDA_MISSING: str | None
+if importlib.util.find_spec("jax_dcn._native_cuda") is None:
+    _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
 else:
-    MISSING = None
-    for _name, _handler in _native.cpu_handlers().items():
-        jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+    _native_cuda, CUDA_MISSING = _load("_native_cuda", "CUDA")
+    if CUDA_MISSING is not None:
+        warnings.warn(
+            f"jax_dcn: the CUDA kernels could not be loaded ({CUDA_MISSING}); on GPUs plain XLA takes their place, "
+            "which is many times slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
-def call(
-    target: str,
-    results: Sequence[jax.ShapeDtypeStruct],
-    operands: dict[str, jax.Array],
-    geometry: Geometry,
-    **flags: bool,
-) -> Sequence[jax.Array]:
-    """Calls a handler with the operands, whose order csrc/ffi declares."""
-    return jax.ffi.ffi_call(target, results)(
-        *operands.values(),
+def attributes(operands: dict[str, jax.Array], geometry: Geometry, **flags: bool) -> dict[str, Any]:
+    """The attributes of a handler. All are made here, since an int32 in place of an int64 would be another one."""
+    return dict(
         stride=np.array(geometry.stride, np.int64),
         padding=np.array(geometry.padding, np.int64),
         dilation=np.array(geometry.dilation, np.int64),
@@ -55,6 +69,34 @@ def call(
         has_mask="mask" in operands,
         **flags,
     )
+
+
+def call(
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    operands: dict[str, jax.Array],
+    attributes: dict[str, Any],
+) -> Sequence[jax.Array]:
+    """Calls a handler with the operands, whose order csrc/ffi declares."""
+    return jax.ffi.ffi_call(target, results)(*operands.values(), **attributes)
+
+
+def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """The work space that the CUDA handler `target` wants as its last result."""
+    size = _native_cuda.forward_workspace if target == DEFORM_CONV2D else _native_cuda.backward_workspace
+    x, weight = operands["x"], operands["weight"]
+
+    def size_for(batch: int) -> int:
+        return size((batch, *x.shape[1:]), weight.shape, x.dtype.name, **attributes)
+
+    batch = x.shape[0]
+    if isinstance(batch, int):
+        return jax.ShapeDtypeStruct((size_for(batch),), np.uint8)
+    # Exported for any batch: so much per image, and what is for all of them as large as it becomes.
+    many = 2**20
+    per_image = -(-(size_for(2 * many) - size_for(many)) // many)
+    shared = max(size_for(1), size_for(many) - per_image * many)
+    return jax.ShapeDtypeStruct((per_image * batch + shared,), np.uint8)
 
 
 def show_config() -> None:
@@ -71,4 +113,9 @@ def show_config() -> None:
         print(f"cpu      none: JAX_DCN_CPU_ISA={asked} was not built or does not run here ({built} built)")
     else:
         print(f"cpu      kernels for {_native.cpu_isa()} ({built} built)")
-    print("cuda     plain XLA: this version has no CUDA kernels")
+    if os.environ.get("JAX_DCN_IMPLEMENTATION") == "xla":
+        print("cuda     plain XLA: JAX_DCN_IMPLEMENTATION=xla")
+    elif CUDA_MISSING is not None:
+        print(f"cuda     plain XLA: {CUDA_MISSING}")
+    else:
+        print(f"cuda     kernels for the architectures {_native_cuda.architectures()}")

@@ -9,6 +9,9 @@ import os
 
 # Nearly all of the time goes into compiling small programs, which XLA's optimisations double.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# On GPUs float32 may mean TF32, in JAX's own operations too. And several processes share the GPU's memory.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
@@ -21,9 +24,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(params=["native", "xla"])
 def implementation(request, monkeypatch):
-    """Runs a test on the native kernels and on plain XLA. A missing native module fails the native leg."""
-    if request.param == "native" and native.MISSING is not None:
-        pytest.fail(f"the native module could not be loaded: {native.MISSING}")
+    """Runs a test on the native kernels and on plain XLA, on JAX's default device.
+
+    A missing native module, the CUDA one where that device is a GPU, fails the native leg.
+    """
+    missing = native.CUDA_MISSING if jax.default_backend() == "gpu" else native.MISSING
+    if request.param == "native" and missing is not None:
+        pytest.fail(f"there are no kernels: {missing}")
     monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", request.param)
     return request.param
 
@@ -31,3 +38,10 @@ def implementation(request, monkeypatch):
 @pytest.fixture(params=["NCHW", "NHWC"])
 def data_format(request):
     return request.param
+
+
+@pytest.fixture
+def cuda_kernels():
+    """The CUDA kernels, loaded, with or without a GPU. Where JAX_DCN_REQUIRE_CUDA is set, they must be there."""
+    if native.CUDA_MISSING is not None:
+        (pytest.fail if os.environ.get("JAX_DCN_REQUIRE_CUDA") else pytest.skip)(native.CUDA_MISSING)

@@ -9,9 +9,10 @@ from pathlib import Path
 def run_python(code: str, **environment: str) -> str:
     """Runs code as a user would, in a folder without the package's sources, and returns what it prints.
 
-    XLA's thread pool follows NPROC.
+    On the CPU, unless JAX_PLATFORMS says otherwise: what needs a process of its own is about the CPU's threads,
+    instruction sets and devices. XLA's thread pool follows NPROC.
     """
-    settings = {**os.environ, **environment}
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     settings.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     done = subprocess.run(
         [sys.executable, "-c", code],

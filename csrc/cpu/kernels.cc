@@ -19,7 +19,7 @@ bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers
     case DType::kBFloat16:
       // The channels of a tap make whole pairs.
       if constexpr (kHasPairs) {
-        if (g.group_in() % 2 == 0) return Forward<BFloat16, BFloat16>(g, arrays).Run(workers);
+        if (arrays.round_samples && g.group_in() % 2 == 0) return Forward<BFloat16, BFloat16>(g, arrays).Run(workers);
       }
       return Forward<BFloat16, float>(g, arrays).Run(workers);
     case DType::kFloat16: return Forward<Float16, float>(g, arrays).Run(workers);

@@ -1,47 +1,14 @@
-// The CPU kernels of deformable convolution, forward and backward. Arrays are dense, with the channels last or in
-// front of the pixels:
-//
-//           NHWC                                             NCHW
-//   x       (batch, height, width, c_in)                     (batch, c_in, height, width)
-//   offset  (batch, h_out, w_out, deform_groups * taps * 2)  (batch, deform_groups * taps * 2, h_out, w_out)
-//   mask    (batch, h_out, w_out, deform_groups * taps)      (batch, deform_groups * taps, h_out, w_out)
-//   weight  (kernel_h, kernel_w, c_in / groups, c_out)       (c_out, c_in / groups, kernel_h, kernel_w)
-//   bias    (c_out)                                          (c_out)
-//   y       (batch, h_out, w_out, c_out)                     (batch, c_out, h_out, w_out)
-//
-// x, weight, bias and y are of one type, offset and mask of any. Coordinates and sums are float, double for double.
+// The CPU kernels of deformable convolution, forward and backward.
 
 #pragma once
 
 #include <cstdint>
 
 #include "../geometry.h"
+#include "../operands.h"
 #include "workers.h"
 
 namespace jax_dcn {
-
-enum class DataFormat { kNHWC, kNCHW };
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-struct Array {
-  void* data = nullptr;  // null: the array is not given, or not wanted
-  DType dtype = DType::kFloat32;
-
-  explicit operator bool() const { return data != nullptr; }
-};
-
-struct ForwardArrays {
-  DataFormat format = DataFormat::kNHWC;
-  Array x, offset, mask, weight, bias;
-  Array y;
-};
-
-// grad_x, grad_weight and grad_bias are of the type of the sums, grad_offset and grad_mask of offset's and mask's.
-struct BackwardArrays {
-  DataFormat format = DataFormat::kNHWC;
-  Array grad_y, x, offset, mask, weight;
-  Array grad_x, grad_offset, grad_mask, grad_weight, grad_bias;
-};
 
 // One instruction set's kernels. They return false if there was no memory for their work space.
 struct Kernels {

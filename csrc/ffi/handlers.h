@@ -1,4 +1,4 @@
-// The handlers that the module offers to XLA.
+// The handlers that the modules offer to XLA.
 
 #pragma once
 
@@ -8,5 +8,8 @@ namespace jax_dcn {
 
 extern "C" XLA_FFI_Error* DeformConv2dCpu(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* DeformConv2dBackwardCpu(XLA_FFI_CallFrame* call_frame);
+
+extern "C" XLA_FFI_Error* DeformConv2dCuda(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* DeformConv2dBackwardCuda(XLA_FFI_CallFrame* call_frame);
 
 }  // namespace jax_dcn

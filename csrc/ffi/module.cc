@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
   const auto capsule = [](XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); };
-  m.def("cpu_handlers", [capsule] {
+  m.def("handlers", [capsule] {
     py::dict handlers;
     handlers["jax_dcn_deform_conv2d"] = capsule(jax_dcn::DeformConv2dCpu);
     handlers["jax_dcn_deform_conv2d_backward"] = capsule(jax_dcn::DeformConv2dBackwardCpu);

@@ -1,0 +1,78 @@
+#include "forward.h"
+
+#include "launcher.h"
+#include "layout.h"
+
+namespace jax_dcn {
+namespace cuda {
+namespace {
+
+// What a forward call needs beside its arrays.
+template <class A>
+struct ForwardPlan {
+  using T = typename A::T;
+
+  ForwardPlan(const Geometry& g, void* workspace)
+      : problem(g, kChannelVector<T>),
+        pixel_tiles(CeilDiv(problem.pixels, kRows)),
+        packed(problem, false, TileColumns<A>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
+        zeros(problem.c_in / kVector<T>),
+        input_pixels(g.batch * g.image()) {
+    Carver carver(workspace);
+    weights = carver.Take<Vector16>(packed.vectors + zeros);
+    padded_x = carver.Take<T>(problem.pads_in() ? input_pixels * problem.c_in : 0);
+    bytes = carver.used();
+  }
+
+  Problem problem;
+  int64_t pixel_tiles;
+  PackedWeight packed;
+  int zeros;  // vectors of one pixel
+  int64_t input_pixels;
+  Vector16* weights;
+  T* padded_x;
+  int64_t bytes;
+};
+
+template <class A>
+Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, cudaStream_t stream) {
+  using T = typename A::T;
+  using Tag = typename A::Tag;
+  const ForwardPlan<A> plan(g, workspace);
+  const Problem& p = plan.problem;
+  Launcher launcher(stream);
+  if (p.pixels == 0) return launcher.status();
+
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed,
+                      static_cast<const T*>(arrays.weight.data), plan.zeros, plan.weights);
+  Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
+                     reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
+  if (p.pads_in()) {
+    const int64_t runs = plan.input_pixels * (p.c_in / p.padded_unit);
+    launcher.RunForEach("Pad", PadKernel<T>, runs * (p.padded_unit / kVector<T>), samples.x, runs, p.unit,
+                        p.padded_unit, reinterpret_cast<Vector16*>(plan.padded_x));
+    samples.x = plan.padded_x;
+  }
+  WithColumns<A>(plan.packed.columns, [&](auto columns) {
+    launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
+                 kProductSharedBytes<T, columns>, p, samples, plan.weights, plan.packed.stages,
+                 static_cast<const T*>(arrays.bias.data), static_cast<T*>(arrays.y.data));
+  });
+  return launcher.status();
+}
+
+}  // namespace
+
+int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
+  return WithArithmetic(dtype, options.precision,
+                        [&](auto a) { return ForwardPlan<decltype(a)>(geometry, nullptr).bytes; });
+}
+
+Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
+               cudaStream_t stream) {
+  return WithArithmetic(arrays.x.dtype, options.precision,
+                        [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, stream); });
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn

@@ -1,0 +1,55 @@
+// The CUDA kernels of deformable convolution, forward and backward.
+//
+// All arrays are in NHWC and dense, and begin at a multiple of 16 bytes. Nothing here allocates, synchronises or asks
+// for what stream capture forbids: the caller hands over the work space, of the size that the functions below name.
+
+#pragma once
+
+#include <cstdint>
+
+#ifdef JAX_DCN_CUDA_ON_CPU
+#include "device_on_cpu.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include "../geometry.h"
+#include "../operands.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+// Of the products of float32: on tensor cores with operands rounded to TF32, or in float32 throughout. The other types
+// have one way only.
+enum class Precision { kDefault, kHighest };
+
+struct Options {
+  Precision precision = Precision::kDefault;
+  bool deterministic = false;  // the same bits of grad_x in every run; all other results always are
+};
+
+// Which gradients.
+struct Wanted {
+  bool x, offset, mask, weight, bias;
+};
+
+// What failed first, if anything did.
+struct Status {
+  cudaError_t error = cudaSuccess;
+  const char* what = nullptr;  // the launch or call
+};
+
+// In bytes. They depend on the sizes alone, so that they can be asked for where there is no device.
+int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);
+int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType dtype, const Options& options);
+
+Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
+               cudaStream_t stream);
+Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
+                cudaStream_t stream);
+
+// The architectures whose machine code was built, for example "80 86 89 90 100 120".
+const char* Architectures();
+
+}  // namespace cuda
+}  // namespace jax_dcn

@@ -1,0 +1,113 @@
+// The host's side of a call: its work space and its launches.
+
+#pragma once
+
+#include <limits>
+
+#include "kernels.h"
+#include "problem.h"
+#include "product.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+// Hands out consecutive arrays of the work space; without one it only counts.
+class Carver {
+ public:
+  explicit Carver(void* workspace) : workspace_(static_cast<char*>(workspace)) {}
+
+  template <class T>
+  T* Take(int64_t count) {
+    char* at = workspace_ == nullptr ? nullptr : workspace_ + used_;
+    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kAlignment = 128;  // a line of the L2 cache
+  char* workspace_;
+  int64_t used_ = 0;
+};
+
+// Launches on a stream until something fails.
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+
+  // A block per `blocks`.
+  template <class... Parameters, class... Arguments>
+  void Run(const char* what, void (*kernel)(Parameters...), int64_t blocks, int shared_bytes,
+           const Arguments&... arguments) {
+    if (status_.error != cudaSuccess || blocks == 0) return;
+    const bool fits = blocks <= std::numeric_limits<int32_t>::max();
+    Check(what, fits
+                    ? Launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared_bytes, stream_, arguments...)
+                    : cudaErrorInvalidConfiguration);
+  }
+
+  // A thread per item.
+  template <class... Parameters, class... Arguments>
+  void RunForEach(const char* what, void (*kernel)(Parameters...), int64_t items, const Arguments&... arguments) {
+    Run(what, kernel, CeilDiv(items, kThreads), 0, arguments...);
+  }
+
+  void Zero(const char* what, void* to, int64_t bytes) {
+    if (status_.error == cudaSuccess) Check(what, ZeroAsync(to, bytes, stream_));
+  }
+
+  const Status& status() const { return status_; }
+
+ private:
+  void Check(const char* what, cudaError_t error) {
+    if (error != cudaSuccess) status_ = {error, what};
+  }
+
+  cudaStream_t stream_;
+  Status status_;
+};
+
+// An element type and the kind of its products.
+template <class T_, class Tag_>
+struct Arithmetic {
+  using T = T_;
+  using Tag = Tag_;
+  static constexpr bool kPlain = sizeof(T) > 2 && std::is_same_v<T, Tag>;
+};
+
+// Calls function(Arithmetic of the type).
+template <class Function>
+auto WithArithmetic(DType dtype, Precision precision, const Function& function) {
+  switch (dtype) {
+    case DType::kBFloat16: return function(Arithmetic<BFloat16, BFloat16>());
+    case DType::kFloat16: return function(Arithmetic<Float16, Float16>());
+    case DType::kFloat64: return function(Arithmetic<double, double>());
+    case DType::kFloat32: break;
+  }
+  return precision == Precision::kHighest ? function(Arithmetic<float, float>()) : function(Arithmetic<float, TF32>());
+}
+
+// Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few
+// blocks came out that the processors stood idle (an H200 has 132).
+template <class A>
+int TileColumns(int total, int64_t other_blocks) {
+  constexpr int64_t kBlocks = 128;
+  int columns = A::kPlain ? 128 : 256;  // plain products hold twice the registers, or do not gain from more
+  while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
+  return columns;
+}
+
+// Calls function(the number of columns as an std::integral_constant).
+template <class A, class Function>
+void WithColumns(int columns, const Function& function) {
+  if (columns == 64) {
+    function(std::integral_constant<int, 64>());
+  } else if (A::kPlain || columns == 128) {
+    function(std::integral_constant<int, 128>());
+  } else if constexpr (!A::kPlain) {
+    function(std::integral_constant<int, 256>());
+  }
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn

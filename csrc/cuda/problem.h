@@ -1,0 +1,167 @@
+// A deformable convolution as the kernels see it.
+//
+// They read channels in vectors that lie in one weight group and one deform group. Where the channels do not divide so,
+// they work on copies in the work space: each run of channels that share both groups is padded with zeros.
+
+#pragma once
+
+#include "../geometry.h"
+#include "elements.h"
+
+#include "../sampling.h"  // in the namespace that device.h names
+
+namespace jax_dcn {
+namespace cuda {
+
+JAX_DCN_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+JAX_DCN_INLINE int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// Channels that are read together: at least four, which are what AtomicAdd4 adds to.
+template <class T>
+inline constexpr int kChannelVector = kVector<T> < 4 ? 4 : kVector<T>;
+
+struct Problem {
+  int height, width, w_out, kernel_w, taps;
+  int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int groups, deform_groups;
+  int unit, padded_unit;            // channels of a run, without and with padding
+  int c_in, group_in, deform_in;    // padded
+  int group_out, padded_group_out;  // of grad_y, whose runs are the groups
+  int64_t image_out, pixels;
+
+  Problem(const Geometry& g, int vector)
+      : height(Int(g.height)),
+        width(Int(g.width)),
+        w_out(Int(g.w_out)),
+        kernel_w(Int(g.kernel_w)),
+        taps(Int(g.taps())),
+        stride_h(Int(g.stride_h)),
+        stride_w(Int(g.stride_w)),
+        padding_h(Int(g.padding_h)),
+        padding_w(Int(g.padding_w)),
+        dilation_h(Int(g.dilation_h)),
+        dilation_w(Int(g.dilation_w)),
+        groups(Int(g.groups)),
+        deform_groups(Int(g.deform_groups)),
+        unit(GreatestCommonDivisor(Int(g.group_in()), Int(g.deform_in()))),
+        padded_unit(Int(RoundUp(unit, vector))),
+        c_in(Pad(Int(g.c_in))),
+        group_in(Pad(Int(g.group_in()))),
+        deform_in(Pad(Int(g.deform_in()))),
+        group_out(Int(g.group_out())),
+        padded_group_out(Int(RoundUp(group_out, vector))),
+        image_out(g.image_out()),
+        pixels(g.pixels()) {}
+
+  bool pads_in() const { return unit != padded_unit; }
+  bool pads_out() const { return group_out != padded_group_out; }
+
+  // The channel within its group that a padded one stands for, or -1.
+  JAX_DCN_INLINE int Unpadded(int channel) const {
+    const int in_unit = channel % padded_unit;
+    return in_unit < unit ? channel / padded_unit * unit + in_unit : -1;
+  }
+
+ private:
+  static int Int(int64_t size) { return static_cast<int>(size); }
+  static int GreatestCommonDivisor(int a, int b) { return b == 0 ? a : GreatestCommonDivisor(b, a % b); }
+  int Pad(int channels) const { return channels / unit * padded_unit; }
+};
+
+// Where samples come from.
+template <class T>
+struct Samples {
+  const T* x;  // (images, height, width, c_in), padded
+  Array offset, mask;
+  const T* zeros;  // one pixel, which stands for all outside the image
+};
+
+// An output pixel, or none, and where tap (0, 0) samples with no offset.
+struct OutputPixel {
+  int64_t index;  // of all output pixels; -1 if there is none
+  int64_t image;  // index of the first pixel of its image
+  int y, x;
+
+  JAX_DCN_DEVICE OutputPixel(const Problem& p, int64_t i) : index(i < p.pixels ? i : -1) {
+    const int64_t image_index = index < 0 ? 0 : index / p.image_out;
+    const int64_t in_image = index < 0 ? 0 : index - image_index * p.image_out;
+    image = image_index * p.height * p.width;
+    y = static_cast<int>(in_image / p.w_out) * p.stride_h - p.padding_h;
+    x = static_cast<int>(in_image % p.w_out) * p.stride_w - p.padding_w;
+  }
+};
+
+// The offset and the mask of one sample.
+template <class Real>
+struct Displacement {
+  Real dy, dx, mask;
+
+  // Loads those of a tap of a deform group. What is not there is far outside the image.
+  template <class T>
+  JAX_DCN_DEVICE void Load(const Problem& p, const Samples<T>& samples, int64_t pixel, int tap, int deform_group) {
+    dy = dx = Real(-1e30);
+    mask = Real(1);
+    if (pixel < 0 || tap >= p.taps) return;
+    const int64_t i = (pixel * p.deform_groups + deform_group) * p.taps + tap;
+    dy = LoadElement<Real>(samples.offset, 2 * i);
+    dx = LoadElement<Real>(samples.offset, 2 * i + 1);
+    if (samples.mask.data != nullptr) mask = LoadElement<Real>(samples.mask, i);
+  }
+
+  JAX_DCN_DEVICE Sample<Real> Locate(const Problem& p, const OutputPixel& pixel, int tap) const {
+    // The regular part is a whole number, so that the coordinate is rounded once.
+    const int i = tap / p.kernel_w;
+    const int j = tap - i * p.kernel_w;
+    return cuda::Locate(static_cast<Real>(pixel.y + i * p.dilation_h) + dy,
+                        static_cast<Real>(pixel.x + j * p.dilation_w) + dx, p.height, p.width);
+  }
+};
+
+// The corners of one sample: addresses of channel 0 and weights.
+template <class T>
+struct Corners {
+  using Real = Accumulation<T>;
+  const T* at[kCorners];
+  Real weight[kCorners];
+
+  JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, const OutputPixel& pixel, int tap,
+                             const Displacement<Real>& displacement) {
+    const Sample<Real> s = displacement.Locate(p, pixel, tap);
+    const T* corner = samples.x + (pixel.image + s.index) * p.c_in;
+    const int64_t row = int64_t{p.width} * p.c_in;
+    for (int k = 0; k < kCorners; ++k) {
+      // Outside is where zeros are, not only a weight of 0, which would not do for an infinite pixel.
+      at[k] = s.inside[k] ? corner + ((k & 1) * p.c_in + (k >> 1) * row) : samples.zeros;
+      weight[k] = s.inside[k] ? s.weight[k] * displacement.mask : Real(0);
+    }
+  }
+};
+
+// A vector of channels of a sample: the corners as loaded, and their interpolation.
+template <class T>
+struct SampleVector {
+  using Real = Accumulation<T>;
+  Vector16 corner[kCorners];
+  Real weight[kCorners];
+
+  JAX_DCN_DEVICE void Load(const Corners<T>& corners, int channel) {
+    for (int k = 0; k < kCorners; ++k) {
+      corner[k] = LoadGlobal16(corners.at[k] + channel);
+      weight[k] = corners.weight[k];
+    }
+  }
+
+  template <class Tag>
+  JAX_DCN_DEVICE Vector16 Interpolate() const {
+    Real sum[kVector<T>];
+    for (int k = 0; k < kCorners; ++k) {
+      Real value[kVector<T>];
+      Unpack<T>(corner[k], value);
+      for (int i = 0; i < kVector<T>; ++i) sum[i] = k == 0 ? value[i] * weight[k] : sum[i] + value[i] * weight[k];
+    }
+    return Pack<T, Tag>(sum);
+  }
+};
+
+}  // namespace cuda
+}  // namespace jax_dcn

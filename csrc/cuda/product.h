@@ -1,0 +1,249 @@
+// A block's product of two matrices, stage by stage of their common dimension k, from shared memory into registers.
+//
+// A stage is 64 bytes of k. Either its operands lie row by row, each row's elements of the stage side by side, or
+// transposed, the elements of a k side by side. The pitches keep the loads of a warp in different banks.
+
+#pragma once
+
+#include "elements.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+inline constexpr int kThreads = 256;  // of a block
+inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr int kRows = 128;  // of the left operand
+
+template <class T>
+inline constexpr int kStage = 64 / sizeof(T);  // elements of k
+inline constexpr int kStageVectors = 4;
+
+// In vectors: from row to row (rows 80 bytes apart start in all banks in turn), or transposed, from k to k. Transposed
+// rows of TF32 are read by words: eight of each of four rows, which a pitch of 8 words more than all banks separates.
+inline constexpr int kRowPitch = kStageVectors + 1;
+template <class T, int kColumns>
+inline constexpr int kTransposedPitch = kColumns / kVector<T> + (sizeof(T) == 2 ? 1 : 2);
+
+// The vectors of a stage of an operand of kColumns rows, or columns if transposed.
+template <class T, int kColumns, bool kTransposed>
+inline constexpr int kStageSize = kTransposed ? kStage<T> * kTransposedPitch<T, kColumns> : kColumns * kRowPitch;
+
+// On tensor cores. Warps share the result as a grid of rectangles.
+template <class T, class Tag, int kColumns, bool kTransposed>
+class TensorProduct {
+ public:
+  static constexpr int kRun = 2;  // adjacent columns that a thread holds
+
+  JAX_DCN_DEVICE TensorProduct() {
+    for (auto& row : sums_) {
+      for (auto& tile : row) {
+        for (float& sum : tile) sum = 0;
+      }
+    }
+  }
+
+  // Adds the product of a stage.
+  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right) {
+    const int lane = ThreadIndex() % kWarp;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[kTilesDown][4];
+      for (int i = 0; i < kTilesDown; ++i) LoadLeft(left, step, FirstRow() + i * 16, lane, a[i]);
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; j += 2) {
+        uint32_t b[4];
+        LoadRight(right, step, FirstColumn() + j * 8, lane, b);
+        const uint32_t b0[2] = {b[0], b[1]};
+        const uint32_t b1[2] = {b[2], b[3]};
+        for (int i = 0; i < kTilesDown; ++i) {
+          MultiplyAccumulate(sums_[i][j], a[i], b0, Tag{});
+          MultiplyAccumulate(sums_[i][j + 1], a[i], b1, Tag{});
+        }
+      }
+    }
+  }
+
+  // Calls function(row, column, values of kRun columns).
+  template <class Function>
+  JAX_DCN_DEVICE void ForEach(const Function& function) const {
+    const int lane = ThreadIndex() % kWarp;
+#pragma unroll
+    for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          const float values[kRun] = {sums_[i][j][half * 2], sums_[i][j][half * 2 + 1]};
+          function(FirstRow() + i * 16 + half * 8 + lane / 4, FirstColumn() + j * 8 + lane % 4 * 2, values);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kWarpsDown = kColumns == 256 ? 2 : 4;
+  static constexpr int kWarpsAcross = kWarps / kWarpsDown;
+  static constexpr int kTilesDown = kRows / kWarpsDown / 16;
+  static constexpr int kTilesAcross = kColumns / kWarpsAcross / 8;
+
+  static JAX_DCN_DEVICE int FirstRow() { return ThreadIndex() / kWarp / kWarpsAcross * (kTilesDown * 16); }
+  static JAX_DCN_DEVICE int FirstColumn() { return ThreadIndex() / kWarp % kWarpsAcross * (kTilesAcross * 8); }
+
+  // The fragment of 16 rows and the step's 32 bytes of k.
+  static JAX_DCN_DEVICE void LoadLeft(Shared<const Vector16> left, int step, int row, int lane, uint32_t (&a)[4]) {
+    if constexpr (!kTransposed) {
+      LoadMatrix4(a, left + ((row + lane % 16) * kRowPitch + step * 2 + lane / 16));
+    } else if constexpr (sizeof(T) == 2) {
+      const int k = step * 16 + lane / 16 * 8 + lane % 8;
+      LoadMatrix4Transposed(a, left + (k * kTransposedPitch<T, kRows> + (row + lane / 8 % 2 * 8) / 8));
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        a[i] = Word(left, kTransposedPitch<T, kRows>, step * 8 + i / 2 * 4 + lane % 4, row + i % 2 * 8 + lane / 4);
+      }
+    }
+  }
+
+  // Those of 16 columns, the first eight in b[0] and b[1].
+  static JAX_DCN_DEVICE void LoadRight(Shared<const Vector16> right, int step, int column, int lane, uint32_t (&b)[4]) {
+    if constexpr (!kTransposed) {
+      LoadMatrix4(b, right + ((column + lane / 16 * 8 + lane % 8) * kRowPitch + step * 2 + lane / 8 % 2));
+    } else if constexpr (sizeof(T) == 2) {
+      const int k = step * 16 + lane % 16;
+      LoadMatrix4Transposed(b, right + (k * kTransposedPitch<T, kColumns> + (column + lane / 16 * 8) / 8));
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        b[i] =
+            Word(right, kTransposedPitch<T, kColumns>, step * 8 + i % 2 * 4 + lane % 4, column + i / 2 * 8 + lane / 4);
+      }
+    }
+  }
+
+  static JAX_DCN_DEVICE uint32_t Word(Shared<const Vector16> from, int pitch, int k, int i) {
+    return SharedCast<const uint32_t>(from)[k * pitch * 4 + i];
+  }
+
+  float sums_[kTilesDown][kTilesAcross][4];
+};
+
+// By multiplications and additions of Accumulation<T>. Thread (i, j) of 16 x 16 holds every 16th row from i on and
+// every 16th column from j on.
+template <class T, int kColumns, bool kTransposed>
+class PlainProduct {
+ public:
+  using Real = Accumulation<T>;
+  static constexpr int kRun = 1;
+
+  JAX_DCN_DEVICE PlainProduct() {
+    for (auto& row : sums_) {
+      for (Real& sum : row) sum = 0;
+    }
+  }
+
+  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right) {
+    const int row = ThreadIndex() / kSide;
+    const int column = ThreadIndex() % kSide;
+    if constexpr (kTransposed) {
+#pragma unroll 4
+      for (int k = 0; k < kStage<T>; ++k) {
+        Real a[kDown];
+        for (int i = 0; i < kDown; ++i) {
+          a[i] = Element(left, k * kTransposedPitch<T, kRows> * kVector<T> + row + i * kSide);
+        }
+        for (int j = 0; j < kAcross; ++j) {
+          const Real b = Element(right, k * kTransposedPitch<T, kColumns> * kVector<T> + column + j * kSide);
+          for (int i = 0; i < kDown; ++i) sums_[i][j] += a[i] * b;
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int v = 0; v < kStageVectors; ++v) {
+        Real a[kDown][kVector<T>];
+        for (int i = 0; i < kDown; ++i) Unpack<T>(left[(row + i * kSide) * kRowPitch + v], a[i]);
+        for (int j = 0; j < kAcross; ++j) {
+          Real b[kVector<T>];
+          Unpack<T>(right[(column + j * kSide) * kRowPitch + v], b);
+          for (int i = 0; i < kDown; ++i) {
+            for (int k = 0; k < kVector<T>; ++k) sums_[i][j] += a[i][k] * b[k];
+          }
+        }
+      }
+    }
+  }
+
+  template <class Function>
+  JAX_DCN_DEVICE void ForEach(const Function& function) const {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const Real values[kRun] = {sums_[i][j]};
+        function(ThreadIndex() / kSide + i * kSide, ThreadIndex() % kSide + j * kSide, values);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSide = 16;
+  static constexpr int kDown = kRows / kSide;
+  static constexpr int kAcross = kColumns / kSide;
+
+  static JAX_DCN_DEVICE Real Element(Shared<const Vector16> from, int i) {
+    return ToReal(static_cast<T>(SharedCast<const T>(from)[i]));
+  }
+
+  Real sums_[kDown][kAcross];
+};
+
+// The product of operands of type T, of kind Tag.
+template <class T, class Tag, int kColumns, bool kTransposed = false>
+using Product =
+    std::conditional_t<kTensorCores && (sizeof(T) == 2 || std::is_same_v<Tag, TF32>),
+                       TensorProduct<T, Tag, kColumns, kTransposed>, PlainProduct<T, kColumns, kTransposed>>;
+
+// --- the loop over the stages ---
+
+// Stages of the right operand in shared memory: one in use and two on their way.
+inline constexpr int kRightStages = 3;
+
+template <class T, int kColumns>
+inline constexpr int kProductSharedBytes =
+    (2 * kStageSize<T, kRows, false> + kRightStages * kStageSize<T, kColumns, false>)*int{sizeof(Vector16)};
+
+// Adds the product over all stages. `left` has Fetch(), which loads the thread's part of the next stage into registers,
+// and Store(to), which puts it into shared memory; the loads are on their way during the product of the stage before.
+// The right operand is packed stage after stage, each of kColumns rows.
+template <class T, int kColumns, class Product, class Left>
+JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const Vector16* right, Product& product) {
+  const Shared<Vector16> left_stages = SharedMemory<Vector16>(0);
+  const Shared<Vector16> right_stages = left_stages + 2 * kStageSize<T, kRows, false>;
+  const auto copy_right = [&](int stage, int to) {
+    if (stage < stages) {
+      for (int i = ThreadIndex(); i < kColumns * kStageVectors; i += kThreads) {
+        CopyAsync16(
+            right_stages + (to * kStageSize<T, kColumns, false> + i / kStageVectors * kRowPitch + i % kStageVectors),
+            right + (int64_t{stage} * kColumns * kStageVectors + i), true);
+      }
+    }
+    CopyCommit();
+  };
+  for (int stage = 0; stage < kRightStages - 1; ++stage) copy_right(stage, stage);
+  left.Fetch();
+  left.Store(left_stages);
+  int use = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    // After the barrier all have stored this stage and are done with the one before, whose memory is used again.
+    CopyWait<kRightStages - 2>();
+    SyncThreads();
+    copy_right(stage + kRightStages - 1, use == 0 ? kRightStages - 1 : use - 1);
+    if (stage + 1 < stages) left.Fetch();
+    product.Add(left_stages + stage % 2 * kStageSize<T, kRows, false>,
+                right_stages + use * kStageSize<T, kColumns, false>);
+    if (stage + 1 < stages) left.Store(left_stages + (stage + 1) % 2 * kStageSize<T, kRows, false>);
+    use = use == kRightStages - 1 ? 0 : use + 1;
+  }
+  CopyWait<0>();
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn

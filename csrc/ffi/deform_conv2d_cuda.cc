@@ -1,0 +1,122 @@
+// The CUDA handlers. A call may be captured into a CUDA graph, so it launches kernels on the given stream and does
+// nothing else: no memory of its own, no synchronisation. Its work space is its last result, which the lowering drops.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "../cuda/kernels.h"
+#include "checks.h"
+#include "cuda_options.h"
+#include "handlers.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_dcn {
+namespace {
+
+using Stream = ffi::PlatformStream<cudaStream_t>;
+using Workspace = ffi::BufferR1<ffi::DataType::U8>;
+
+// What the kernels ask for beyond what Checker checks.
+template <class... Arrays>
+void CheckBuffers(Checker& check, bool nchw, Workspace workspace, int64_t needed, const Arrays&... arrays) {
+  if (nchw) check.Fail("the CUDA kernels take NHWC");
+  const auto size = static_cast<int64_t>(workspace.element_count());
+  if (size < needed) {
+    check.Fail("the work space has " + std::to_string(size) + " bytes, needs " + std::to_string(needed) +
+               "; was the program exported by another version of jax_dcn?");
+  }
+  // The kernels read and write vectors of 16 bytes. XLA aligns its buffers to 128.
+  for (const void* data :
+       {static_cast<const void*>(workspace.untyped_data()), static_cast<const void*>(arrays.data)...}) {
+    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) check.Fail("a buffer is not aligned to 16 bytes");
+  }
+}
+
+// Of the current device, like "8.6".
+std::string ComputeCapability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return "unknown";
+  }
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+ffi::Error ToError(const cuda::Status& status) {
+  const auto precondition = [](const std::string& message) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_dcn: " + message);
+  };
+  switch (status.error) {
+    case cudaSuccess: return ffi::Error::Success();
+    case cudaErrorNoKernelImageForDevice:
+      return precondition("the CUDA kernels were built for the architectures " + std::string(cuda::Architectures()) +
+                          ", none of which runs on this GPU, of compute capability " + ComputeCapability() +
+                          ". Install jax_dcn with CUDAARCHS=native in the environment, or "
+                          "set JAX_DCN_IMPLEMENTATION=xla");
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+      return precondition("the GPU's driver is too old for the CUDA kernels (" +
+                          std::string(cudaGetErrorString(status.error)) +
+                          "). Update it, or install jax_dcn with a CUDA toolkit that it supports, or set "
+                          "JAX_DCN_IMPLEMENTATION=xla");
+    default:
+      return ffi::Error::Internal("jax_dcn: " + std::string(status.what == nullptr ? "CUDA" : status.what) + ": " +
+                                  cudaGetErrorName(status.error) + ": " + cudaGetErrorString(status.error));
+  }
+}
+
+ffi::Error DeformConv2d(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
+                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride, Pair padding,
+                        Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
+                        ffi::Result<Workspace> workspace, bool highest_precision, bool deterministic) {
+  Checker check;
+  const auto [g, a] =
+      check.Forward(x, offset, weight, optional, y, {stride, padding, dilation, groups, deform_groups, nchw, has_mask});
+  if (!check.ok()) return check.error();
+  const cuda::Options options = ToOptions(highest_precision, deterministic);
+  const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options);
+  CheckBuffers(check, nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
+  return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, stream)) : check.error();
+}
+
+ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
+                                ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets results,
+                                Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
+                                bool nchw, bool has_mask, bool grad_x, bool grad_offset, bool grad_mask,
+                                bool grad_weight, bool grad_bias, bool highest_precision, bool deterministic) {
+  Checker check;
+  const auto [g, a] = check.Backward(grad_y, x, offset, weight, optional, results,
+                                     {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
+                                     {grad_x, grad_offset, grad_mask, grad_weight, grad_bias}, 1);
+  if (!check.ok()) return check.error();
+  auto last = results.get<Workspace>(results.size() - 1);
+  if (!last.has_value()) return last.error();
+  const Workspace workspace = **last;
+  const cuda::Options options = ToOptions(highest_precision, deterministic);
+  const cuda::Wanted wanted{grad_x, grad_offset, grad_mask, grad_weight, grad_bias};
+  const int64_t needed = cuda::BackwardWorkspace(g, wanted, a.x.dtype, options);
+  CheckBuffers(check, nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x, a.grad_offset,
+               a.grad_mask, a.grad_weight, a.grad_bias);
+  return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, stream)) : check.error();
+}
+
+template <class Binding>
+auto BindOptions(Binding&& binding) {
+  return std::forward<Binding>(binding).template Attr<bool>("highest_precision").template Attr<bool>("deterministic");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCuda, DeformConv2d,
+                              BindOptions(BindForward(ffi::Ffi::Bind().Ctx<Stream>()).Ret<Workspace>()),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCuda, DeformConv2dBackward,
+                              BindOptions(BindBackward(ffi::Ffi::Bind().Ctx<Stream>())),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_dcn

@@ -1,0 +1,75 @@
+"""Calls of the CUDA kernels on the CPU: see cuda_on_cpu.cc."""
+
+import struct
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+
+# dtypes and what float32 products are made in: jax.lax.Precision.HIGHEST for "float32".
+MODES = ("float64", "float32", "tf32", "bfloat16", "float16")
+CODES = {name: code for code, name in enumerate(("float32", "float64", "bfloat16", "float16"))}
+NAMES = ("x", "offset", "mask", "weight", "bias")
+
+
+def dtype_of(mode):
+    return jnp.dtype("float32" if mode == "tf32" else mode)
+
+
+def _nhwc(name, array):
+    axes = {"weight": (2, 3, 1, 0), "bias": (0,)}.get(name, (0, 2, 3, 1))
+    return np.ascontiguousarray(array.transpose(axes))
+
+
+def _nchw(name, array):
+    axes = {"weight": (3, 2, 0, 1), "bias": (0,)}.get(name, (0, 3, 1, 2))
+    return array.transpose(axes)
+
+
+class Failure(Exception):
+    """A program of the harness did not end well."""
+
+
+def execute(program, *arguments, data=b""):
+    done = subprocess.run([program, *map(str, arguments)], input=data, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise Failure(f"{program} {arguments}: exit status {done.returncode}\n{done.stderr.decode()}")
+    return done.stdout
+
+
+def run(programs, case, mode, operands, cotangent=None, wanted=NAMES, deterministic=False, seed=0, fault=()):
+    """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
+    n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
+    sizes = (n, h, w, case.c_in, h_out, w_out, case.c_out)
+    sizes += case.kernel + case.stride + case.padding + case.dilation + (case.groups, case.deform_groups)
+    wanted = [name for name in wanted if name in operands]
+    code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in NAMES}
+    call = struct.pack(
+        "29q",
+        *sizes,
+        cotangent is not None,
+        *(code["x"], code["offset"], code["mask"], "bias" in operands),
+        *(mode == "float32", deterministic),
+        *(name in wanted for name in NAMES),
+    )
+    inputs = operands if cotangent is None else {"grad_y": cotangent, **operands}
+    if cotangent is not None:
+        inputs.pop("bias", None)
+    data = call + b"".join(_nhwc(name, inputs[name]).tobytes() for name in ("grad_y", *NAMES) if name in inputs)
+    output = execute(programs / "cuda_on_cpu", seed, *fault, data=data)
+
+    def take(name, like, dtype):
+        nonlocal output
+        size = _nhwc(name, np.zeros(like)).shape
+        array = np.frombuffer(output, dtype, count=np.prod(size, dtype=int)).reshape(size)
+        output = output[array.nbytes :]
+        return _nchw(name, array)
+
+    if cotangent is None:
+        return take("y", (n, case.c_out, h_out, w_out), operands["x"].dtype)
+    sums = jnp.promote_types(operands["x"].dtype, jnp.float32)
+    return {
+        name: take(name, operands[name].shape, operands[name].dtype if name in ("offset", "mask") else sums)
+        for name in NAMES
+        if name in wanted
+    }

@@ -1,0 +1,66 @@
+"""What the compiler made of the CUDA kernels: needs nvcc, and nvdisasm of the package nvidia-cuda-nvdisasm, but no GPU."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+
+# The tensor core instruction of each operand type, which is a template argument of the kernels.
+INSTRUCTIONS = {
+    "4TF32": "HMMA.1688.F32.TF32",
+    "8BFloat16": "HMMA.16816.F32.BF16",
+    "7Float16": "HMMA.16816.F32",
+}
+
+
+def find_nvdisasm():
+    packaged = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm")
+    return shutil.which("nvdisasm") or next(map(str, packaged), None)
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def compiled(request, tmp_path_factory):
+    """The kernels with products on tensor cores by mangled name: ptxas's report and the machine code."""
+    nvcc, nvdisasm = shutil.which("nvcc"), find_nvdisasm()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    kernels = {}
+    for source in SOURCES.glob("*.cu"):
+        cubin = tmp_path_factory.mktemp(request.param) / "kernels.cubin"
+        report = run(nvcc, "-std=c++17", "-O3", "-cubin", f"-arch={request.param}", "-Xptxas=-v", source, "-o", cubin)
+        code = re.split(r"\.section\s+\.text\.(\w+)", run(nvdisasm, "-c", cubin))
+        code = dict(zip(code[1::2], code[2::2], strict=True))
+        for name, properties in re.findall(r"entry function '(\w+)'(.*?Used \d+ registers)", report, re.DOTALL):
+            if "Product" in name or ("HMMA" in code[name]):
+                kernels[name] = properties, code[name]
+    return kernels
+
+
+def test_tensor_core_kernels(compiled):
+    for operation in ("Forward", "Data", "Weight"):
+        for operand, instruction in INSTRUCTIONS.items():
+            found = [code for name, (_, code) in compiled.items() if operation in name and operand in name]
+            assert found, f"no {operation} kernel multiplies {operand} on tensor cores"
+            for code in found:
+                assert re.search(rf"\b{re.escape(instruction)} ", code)
+                assert "LDGSTS" in code  # copies to shared memory that pass the registers by
+
+
+def test_no_register_is_spilled(compiled):
+    spills = {
+        name: properties for name, (properties, _) in compiled.items() if "0 bytes spill stores" not in properties
+    }
+    assert not spills

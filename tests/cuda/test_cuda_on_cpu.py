@@ -1,0 +1,154 @@
+"""The CUDA kernels' own sources, run on the CPU with all of the harness's checks: the numbers.
+
+See device_on_cpu.h. That the instructions do what they are documented to do, and how fast, only a GPU can show.
+"""
+
+import os
+
+import cases
+import numpy as np
+import on_cpu
+import oracle
+import pytest
+from cases import AWKWARD, ISLAND, UNUSABLE, Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_random import geometries
+from tolerances import TOLERANCES
+
+# What the rounding of products' operands adds to the tolerances: half the spacing of the numbers below the scale. The
+# largest errors seen were 5e-4 for TF32, whose numbers have 11 bits, 5e-3 for bfloat16 and 5e-4 for float16.
+ROUNDED = {"tf32": 2**-10, "bfloat16": 2**-8, "float16": 2**-11}
+
+# The widest tiles are taken only where that leaves enough blocks for a GPU, and are not full here.
+WIDE_TILES = [
+    Case("128_columns", batch=1, c_in=40, c_out=100, size=(131, 129), kernel=(1, 2), padding=(0, 0), mask=False),
+    Case("256_columns", batch=1, c_in=40, c_out=200, size=(131, 129), kernel=(1, 2), padding=(0, 0), mask=False),
+]
+
+
+def assert_close(mode, actual, expected, name):
+    tolerance = TOLERANCES[actual.dtype.name] + ROUNDED.get(mode, 0)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    scale = np.abs(expected).max(initial=1)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale, err_msg=f"{mode} {name}")
+
+
+def check(programs, case, mode, operands, given=None, **arguments):
+    """The result and all gradients against the definition. The kernels may be `given` other operands."""
+    complete = {"mask": None, "bias": None, **operands}
+    given = given or operands
+    y = on_cpu.run(programs, case, mode, given, **arguments)
+    assert_close(mode, y, oracle.deform_conv2d(**complete, **case.arguments), "y")
+    cotangent = case.cotangent(y.dtype)
+    gradients = on_cpu.run(programs, case, mode, given, cotangent, **arguments)
+    expected = oracle.deform_conv2d_backward(cotangent, **complete, **case.arguments)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert_close(mode, gradient, expected[name], name)
+
+
+@pytest.mark.parametrize("mode", on_cpu.MODES)
+@pytest.mark.parametrize("case", AWKWARD, ids=str)
+def test_awkward_geometries(programs, case, mode):
+    check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
+
+
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("case", WIDE_TILES, ids=str)
+def test_wide_tiles(programs, case, mode):
+    check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
+
+
+@settings(
+    max_examples=int(os.environ.get("JAX_DCN_HYPOTHESIS_EXAMPLES", 25)),
+    derandomize=True,
+    deadline=None,
+    # `programs` is of the session, but tests/conftest.py's fixtures are not asked for.
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    case=geometries(),
+    mode=st.sampled_from(on_cpu.MODES),
+    displacement_dtype=st.sampled_from(["float32", None]),
+    offset_scale=st.sampled_from([0, 0.25, 1, 8]),
+    deterministic=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_geometries(programs, case, mode, displacement_dtype, offset_scale, deterministic, seed):
+    operands = case.operands(on_cpu.dtype_of(mode), seed)
+    operands["offset"] *= offset_scale
+    for name in {"offset", "mask"} & operands.keys():
+        operands[name] = operands[name].astype(displacement_dtype or operands[name].dtype)
+    check(programs, case, mode, operands, deterministic=deterministic, seed=seed)
+
+
+@pytest.mark.parametrize("mode", on_cpu.MODES)
+def test_same_bits_in_any_order(programs, mode):
+    """Whatever the order of blocks and threads. grad_x is summed atomically unless asked otherwise."""
+    case = Case("several_blocks", c_in=20, c_out=36, size=(14, 11), groups=2, deform_groups=5)
+    operands, cotangent = case.operands(on_cpu.dtype_of(mode)), case.cotangent(on_cpu.dtype_of(mode))
+    results, gradients = [], []
+    for seed in range(3):
+        results.append(on_cpu.run(programs, case, mode, operands, seed=seed))
+        gradients.append(on_cpu.run(programs, case, mode, operands, cotangent, seed=seed, deterministic=True))
+    for other in (1, 2):
+        np.testing.assert_array_equal(results[0], results[other])
+        for name, gradient in gradients[0].items():
+            np.testing.assert_array_equal(gradient, gradients[other][name], err_msg=name)
+    default = on_cpu.run(programs, case, mode, operands, cotangent)
+    for name in default.keys() - {"x"}:
+        np.testing.assert_array_equal(gradients[0][name], default[name], err_msg=name)
+
+
+@pytest.mark.parametrize("wanted", [(name,) for name in on_cpu.NAMES] + [("x", "mask"), ("offset", "weight")], ids=str)
+def test_gradients_alone(programs, wanted):
+    case = Case("alone", c_in=12, c_out=10, groups=2, deform_groups=3)
+    operands, cotangent = case.operands("float32"), case.cotangent("float32")
+    everything = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=True)
+    alone = on_cpu.run(programs, case, "float32", operands, cotangent, wanted=wanted, deterministic=True)
+    assert alone.keys() == set(wanted)
+    for name in wanted:
+        np.testing.assert_array_equal(alone[name], everything[name])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_unusable_coordinates(programs, dtype):
+    operands, _ = cases.unusable_coordinates(dtype)
+    check(programs, UNUSABLE, "float32", operands)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_no_sample_touches_do_not_leak(programs, value, deterministic):
+    operands, untouched = cases.island()
+    x = operands["x"].copy()
+    x[:, :, untouched] = value
+    check(programs, ISLAND, "float64", operands, {**operands, "x": x}, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_mask_of_a_tap_outside_the_image_is_not_read(programs, value):
+    case = Case("outside", batch=1, padding=(2, 2))
+    operands = case.operands()
+    operands["offset"].reshape(-1, 2, *case.output_size)[4] = -50
+    operands["mask"][:, 4] = 0
+    mask = operands["mask"].copy()
+    mask[:, 4] = value
+    check(programs, case, "float64", operands, {**operands, "mask": mask})
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_reach_what_they_touch(programs, value, deterministic):
+    """One such number in grad_y, so that grad_x is not finite exactly where the samples of its pixel lie."""
+    case = Case("not_finite", kernel=(1, 1), padding=(0, 0), mask=False)
+    operands, cotangent = case.operands("float32"), case.cotangent("float32")
+    operands["offset"][:] = 0.25
+    cotangent[0, 1, 2, 3] = value
+    gradients = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=deterministic)
+    reached = np.zeros(case.size, bool)
+    reached[2:4, 3:5] = True
+    np.testing.assert_array_equal(
+        np.isfinite(gradients["x"]), ~np.stack([np.tile(reached, (4, 1, 1)), np.zeros((4, 6, 5))]).astype(bool)
+    )

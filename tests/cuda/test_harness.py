@@ -1,0 +1,59 @@
+"""The harness finds the faults it is there for, in small kernels and in the real ones."""
+
+import on_cpu
+import pytest
+from cases import Case
+
+FAULTS = {
+    "no_barrier": "without a barrier between|never written",
+    "no_warp_barrier": "without a barrier between|never written",
+    "warp_barrier_between_warps": "without a barrier between|never written",
+    "no_barrier_before_write": "without a barrier between",
+    "beyond_shared": "outside the 256 bytes of shared memory",
+    "never_written": "never written",
+    "no_wait": "while a CopyAsync16 writes it",
+    "ended_thread": "thread 5 has ended",
+    "divergent_barrier": r"is at SyncThreads, .* waits at SyncThreads",
+    "divergent_shuffle": "waits at ShuffleXor.* waits at SyncThreads",
+    "two_shuffles": "Shuffle.* waits at Shuffle",
+    "two_barriers": "SyncWarp.* SyncThreads",
+    "bank_conflict": "bank conflict",
+    "misaligned": "not aligned",
+    "beyond_global": "heap-buffer-overflow",
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(programs, name, seed):
+    with pytest.raises(on_cpu.Failure, match=FAULTS[name]):
+        on_cpu.execute(programs / "harness_test", name, seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ["sound", "products", "launches"])
+def test_sound_kernels_pass(programs, name, seed):
+    on_cpu.execute(programs / "harness_test", name, seed)
+
+
+# What a planted fault does to the real forward kernel: the number of a Fault in device_on_cpu.h, which call of it.
+PLANTED = {
+    "first_barrier": ((1, 0), "without a barrier between|never written"),
+    "later_barrier": ((1, 3), "without a barrier between|never written|while a CopyAsync16"),
+    "barrier_of_one": ((2, 1), "not all threads come|without a barrier between"),
+    "wait": ((3, 0), "while a CopyAsync16"),
+    "later_wait": ((3, 2), "while a CopyAsync16"),
+    "shared_address": ((4, 1), "are outside the .* bytes of shared memory"),
+    "global_address": ((5, 0), "heap-buffer-overflow"),
+}
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("name", PLANTED)
+def test_faults_in_the_forward_kernel_are_found(programs, name, mode):
+    fault, message = PLANTED[name]
+    case = Case("planted", c_in=32, c_out=32, size=(9, 11))
+    operands = case.operands(on_cpu.dtype_of(mode))
+    on_cpu.run(programs, case, mode, operands)
+    with pytest.raises(on_cpu.Failure, match=message):
+        on_cpu.run(programs, case, mode, operands, fault=fault)

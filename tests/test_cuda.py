@@ -1,0 +1,346 @@
+"""What the CUDA lowering hands to its handler, and what the handler reads: checked where there is no GPU, too."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TORCHVISION, Case, deform_conv2d, forward
+from jax import lax
+from processes import run_python
+from tolerances import assert_close
+
+import jax_dcn
+from jax_dcn import lowering, native
+from jax_dcn.geometry import Geometry
+
+CASE = Case("small", c_in=8, c_out=4, size=(5, 6), groups=2, deform_groups=2)
+TARGETS = (native.DEFORM_CONV2D, native.DEFORM_CONV2D_BACKWARD)
+
+pytestmark = pytest.mark.usefixtures("cuda_kernels", "jax_defaults")
+
+
+@pytest.fixture
+def jax_defaults():
+    """Without the precision that conftest.py asks for."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
+def operands(case=CASE, dtype="float32"):
+    return {name: jnp.asarray(value) for name, value in case.operands(dtype).items()}
+
+
+def lowered(function, *arguments):
+    """The program for CUDA as text."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    """Of every custom call, the target, the attributes and the types of operands and results."""
+    pattern = r"custom_call @(\w+)\(.*?mhlo\.backend_config = \{(.*?)\}, .*?: \((.*?)\) -> (.*)"
+    found = re.findall(pattern, text)
+    assert len(found) == text.count("custom_call @jax_dcn")
+    split = re.compile(r"(\w+) = ((?:dense<.*?> : \S+|array<.*?>|[^,]+))(?:, |$)")
+    return [
+        (
+            target,
+            dict(split.findall(attributes)),
+            re.findall(r"tensor<(\S+?)>", given),
+            re.findall(r"tensor<(\S+?)>", results),
+        )
+        for target, attributes, given, results in found
+    ]
+
+
+def sole_call(text):
+    (call,) = calls(text)
+    return call
+
+
+def gradients(function, wanted):
+    return lambda operands: jax.grad(lambda chosen: function({**operands, **chosen}).sum().astype(jnp.float32))(
+        {name: operands[name] for name in wanted}
+    )
+
+
+# --- the call ---
+
+
+def test_forward(data_format):
+    target, attributes, given, results = sole_call(lowered(deform_conv2d(CASE, data_format), operands()))
+    assert target == "jax_dcn_deform_conv2d"
+    assert given == ["2x5x6x8xf32", "2x5x6x36xf32", "3x3x4x4xf32", "2x5x6x18xf32", "4xf32"]
+    y, workspace = results
+    assert y == "2x5x6x4xf32"
+    assert re.fullmatch(r"\d+xui8", workspace)
+    assert attributes == {
+        "stride": "dense<1> : tensor<2xi64>",
+        "padding": "dense<1> : tensor<2xi64>",
+        "dilation": "dense<1> : tensor<2xi64>",
+        "groups": "2 : i64",
+        "deform_groups": "2 : i64",
+        "nchw": "false",
+        "has_mask": "true",
+        "highest_precision": "false",
+        "deterministic": "false",
+    }
+
+
+def test_backward(data_format):
+    function = gradients(deform_conv2d(CASE, data_format), ("x", "offset", "mask", "weight", "bias"))
+    target, attributes, given, results = sole_call(lowered(function, operands()))
+    assert target == "jax_dcn_deform_conv2d_backward"
+    assert given == ["2x5x6x4xf32", "2x5x6x8xf32", "2x5x6x36xf32", "3x3x4x4xf32", "2x5x6x18xf32"]
+    *gradient_types, workspace = results
+    assert gradient_types == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xf32", "3x3x4x4xf32", "4xf32"]
+    assert re.fullmatch(r"\d+xui8", workspace)
+    assert all(attributes[f"grad_{name}"] == "true" for name in lowering.GRADIENTS)
+
+
+def test_sums_are_wider_than_16_bits_and_gradients_not_wanted_are_left_out():
+    arguments = operands(dtype="bfloat16") | {"offset": operands(dtype="float32")["offset"]}
+    function = gradients(deform_conv2d(CASE), ("x", "offset", "mask"))
+    _, attributes, _, results = sole_call(lowered(function, arguments))
+    assert results[:-1] == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xbf16"]
+    assert [attributes[f"grad_{name}"] for name in lowering.GRADIENTS] == ["true", "true", "true", "false", "false"]
+
+
+def test_nhwc_is_not_transposed():
+    arguments = operands()
+    nhwc = {
+        name: a.transpose({"weight": (2, 3, 1, 0), "bias": (0,)}.get(name, (0, 2, 3, 1)))
+        for name, a in arguments.items()
+    }
+    text = lowered(lambda o: jax_dcn.deform_conv2d(**o, **CASE.arguments, data_format="NHWC"), nhwc)
+    assert "stablehlo.transpose" not in text
+    assert len(calls(text)) == 1
+
+
+def test_plain_xla_on_request(monkeypatch):
+    monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", "xla")
+    assert calls(lowered(deform_conv2d(CASE), operands())) == []
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        (None, "false"),
+        ("default", "false"),
+        (lax.Precision.HIGH, "false"),
+        ("tensorfloat32", "false"),
+        ("TF32_TF32_F32", "false"),
+        ("highest", "true"),
+        (lax.Precision.HIGHEST, "true"),
+        (("default", "highest"), "true"),
+        ("float32", "true"),
+        ("F32_F32_F32", "true"),
+        ("TF32_TF32_F32_X3", "true"),
+    ],
+    ids=str,
+)
+def test_precision(precision, expected):
+    def attribute(**arguments):
+        return sole_call(lowered(deform_conv2d(CASE, **arguments), operands()))[1]["highest_precision"]
+
+    assert attribute(precision=precision) == expected
+    if precision is None or isinstance(precision, str):
+        with jax.default_matmul_precision(precision):
+            assert attribute() == expected
+            assert attribute(precision="highest") == "true"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_precision_is_float32s(dtype):
+    _, attributes, _, _ = sole_call(lowered(deform_conv2d(CASE, precision="highest"), operands(dtype=dtype)))
+    assert attributes["highest_precision"] == "false"
+
+
+def test_the_gradient_keeps_the_precision():
+    function = gradients(deform_conv2d(CASE, precision="highest"), ("x",))
+    assert sole_call(lowered(function, operands()))[1]["highest_precision"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "false"),
+        ("--xla_dump_to=/tmp --xla_gpu_deterministic_ops=true", "true"),
+        ("--xla_gpu_exclude_nondeterministic_ops", "true"),
+        ("--xla_gpu_deterministic_ops=1 --xla_gpu_deterministic_ops=false", "false"),
+    ],
+)
+def test_deterministic(flags, expected, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    function = gradients(deform_conv2d(CASE), ("x",))
+    assert sole_call(lowered(function, operands()))[1]["deterministic"] == expected
+
+
+# --- the work space ---
+
+
+def workspace_of(text):
+    return int(sole_call(text)[3][-1].removesuffix("xui8"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+@pytest.mark.parametrize("case", [CASE, TORCHVISION], ids=str)
+def test_workspace_for_any_batch_is_enough_for_each(case, flags, dtype, monkeypatch):
+    """A program exported for any batch has work space for that batch, not for the largest."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    arguments = case.operands(dtype)
+    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups, case.deform_groups)
+
+    def shapes(batch):
+        return {
+            name: jax.ShapeDtypeStruct((batch, *a.shape[2:], a.shape[1]), a.dtype)
+            for name, a in arguments.items()
+            if name in ("x", "offset", "mask")
+        } | {"weight": jax.ShapeDtypeStruct((*case.kernel, case.c_in // case.groups, case.c_out), dtype)}
+
+    (n,) = jax.export.symbolic_shape("n")
+    for target in TARGETS:
+        flags = {f"grad_{name}": True for name in lowering.GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
+        options = lowering._cuda_options(shapes(1), None)
+        attributes = native.attributes(shapes(1), geometry, **flags, **options)
+        (bound,) = native.cuda_workspace(target, shapes(n), attributes).shape
+        for batch in (0, 1, 2, 3, 7, 33, 1000, 12345):
+            (size,) = native.cuda_workspace(target, shapes(batch), attributes).shape
+            allowed = bound if isinstance(bound, int) else bound._evaluate({"n": batch})
+            assert size <= allowed, (target, batch)
+
+
+def test_export_with_a_symbolic_batch():
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = {
+        name: jax.ShapeDtypeStruct((n, *a.shape[1:]) if name in ("x", "offset", "mask") else a.shape, a.dtype)
+        for name, a in operands().items()
+    }
+    exported = jax.export.export(
+        jax.jit(gradients(deform_conv2d(CASE), ("x", "weight"))),
+        platforms=("cuda",),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS],
+    )(shapes)
+    assert "custom_call @jax_dcn_deform_conv2d_backward" in exported.mlir_module()
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+
+
+def test_float32_is_tf32_by_default(gpu):
+    case = Case("wide", c_in=128, c_out=64, size=(9, 10))
+    y = {name: forward(case, case.operands("float32"), precision=name) for name in ("default", "highest")}
+    exact = forward(case, case.operands("float64"))
+    assert_close(y["highest"], exact, "float32")
+    assert_close(y["default"], exact, "tf32")
+    capability = float(jax.devices()[0].compute_capability)
+    assert np.array_equal(y["default"], y["highest"]) == (capability < 8)
+
+
+def test_command_buffers_launch_the_kernels(gpu):
+    """XLA captures the calls into CUDA graphs, and updates these when the buffers change."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, jax_dcn
+
+@jax.jit
+def function(x, offset, weight):
+    y = jax_dcn.deform_conv2d(jnp.tanh(x), offset, weight, padding=1, data_format="NHWC")
+    return jax_dcn.deform_conv2d(jnp.tanh(y), offset, weight, padding=1, data_format="NHWC")
+
+results = []
+for seed in range(4):
+    rng = np.random.default_rng(seed)
+    x, offset, weight = (jnp.asarray(rng.standard_normal(shape, np.float32))
+                         for shape in ((2, 9, 8, 16), (2, 9, 8, 18), (3, 3, 16, 16)))
+    results.append(np.asarray(function(x, offset, weight)))
+    kept = x  # so that the next one lies elsewhere
+print(" ".join(result.tobytes().hex() for result in results))
+"""
+    plain, captured = (
+        run_python(code, JAX_PLATFORMS="cuda", XLA_FLAGS=f"--xla_gpu_graph_min_graph_size=1 {flag}")
+        for flag in ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL")
+    )
+    assert plain == captured
+
+
+# --- the module and its handlers ---
+
+
+def test_import_leaves_cuda_alone():
+    """Neither the driver nor JAX's GPU backend is touched before something is computed."""
+    code = (
+        "import jax_dcn; from jax_dcn import native; native._native_cuda.architectures()\n"
+        "print(sorted({line.split('/')[-1].strip() for line in open('/proc/self/maps') if 'libcuda' in line}))"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_show_config_names_the_architectures(capsys):
+    native.show_config()
+    assert f"architectures {native._native_cuda.architectures()}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_handler_decodes_what_the_lowering_passes(target):
+    """Called on the CPU, a CUDA handler misses the stream, and nothing else: no operand, result or attribute."""
+    code = f"""
+import jax, jax.numpy as jnp
+from jax_dcn import lowering, native
+from jax_dcn.geometry import Geometry
+
+target = {target!r}
+jax.ffi.register_ffi_target("on_cpu", native._native_cuda.handlers()[target], platform="cpu")
+native.call = lambda target, results, operands, attributes: jax.ffi.ffi_call("on_cpu", results)(
+    *operands.values(), **attributes)
+geometry = Geometry((3, 3), padding=(1, 1))
+operands = dict(x=jnp.ones((2, 6, 5, 8)), offset=jnp.ones((2, 6, 5, 18)), weight=jnp.ones((3, 3, 8, 4)),
+                mask=jnp.ones((2, 6, 5, 9)))
+params = dict(geometry=geometry, precision=None)
+if target == native.DEFORM_CONV2D:
+    operands["bias"] = jnp.ones(4)
+    rule = lowering._deform_conv2d_cuda
+else:
+    operands = dict(grad_y=jnp.ones((2, 6, 5, 4)), **operands)
+    rule = lowering._deform_conv2d_backward_cuda
+    params["wanted"] = lowering.GRADIENTS
+try:
+    jax.block_until_ready(jax.jit(lambda *a: rule(*a, names=tuple(operands), **params))(*operands.values()))
+except jax.errors.JaxRuntimeError as error:
+    print(error)
+"""
+    error = run_python(code, JAX_PLATFORMS="cpu")
+    assert "(bad operands at: 0)" in error
+    assert "Failed to get platform stream" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": (1, 8, 8, 6)}, "weight must have C_in / groups input channels"),
+        ({"groups": 3}, "channels must be multiples of the groups"),
+        ({"stride": (0, 1)}, "sizes, strides, dilations and groups must be positive"),
+        ({"dtype": "int32"}, "unsupported type int32"),
+        ({"padding": (2**31, 0)}, "an image and its padding must be smaller than 2\\^31 pixels"),
+        ({"x": (1, 1, 1, 8), "padding": (0, 0)}, "the output has no pixels"),
+    ],
+    ids=str,
+)
+def test_workspace_of_an_impossible_geometry(changes, message):
+    arguments = dict(
+        x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
+    )
+    arguments |= dict(deform_groups=1, nchw=False, has_mask=False, highest_precision=False, deterministic=False)
+    native._native_cuda.forward_workspace(**arguments)
+    with pytest.raises(ValueError, match=message):
+        native._native_cuda.forward_workspace(**{**arguments, **changes})
