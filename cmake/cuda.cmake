@@ -58,11 +58,11 @@ message(STATUS "jax_dcn: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, kernels for ${arch
 file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 add_library(kernels_cuda OBJECT ${sources})
 jax_dcn_options(kernels_cuda)
+target_compile_definitions(kernels_cuda PRIVATE "JAX_DCN_CUDA_ARCHITECTURES=\"${architectures}\"")
 set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
 
 # CUDA's runtime is linked statically. It opens the driver's libcuda.so.1 at its first call, so the module loads where
 # there is none.
 jax_dcn_module(_native_cuda csrc/ffi/module_cuda.cc csrc/ffi/deform_conv2d_cuda.cc)
-target_compile_definitions(_native_cuda PRIVATE "JAX_DCN_CUDA_ARCHITECTURES=\"${architectures}\"")
 set_target_properties(_native_cuda PROPERTIES LINKER_LANGUAGE CXX)
 target_link_libraries(_native_cuda PRIVATE kernels_cuda CUDA::cudart_static)

@@ -17,9 +17,6 @@
 namespace py = pybind11;
 
 namespace jax_dcn {
-
-const char* cuda::Architectures() { return JAX_DCN_CUDA_ARCHITECTURES; }  // as the build names them
-
 namespace {
 
 using IntPair = std::array<int64_t, 2>;
