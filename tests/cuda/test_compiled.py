@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: needs nvcc, and nvdisasm of the package nvidia-cuda-nvdisasm, but no GPU."""
+"""What the compiler made of the CUDA kernels: needs nvcc, and nvdisasm of the package nvidia-cuda-nvdisasm, no GPU."""
 
 import re
 import shutil
@@ -60,5 +60,7 @@ def test_tensor_core_kernels(compiled):
 
 
 def test_no_register_is_spilled(compiled):
-    spills = {name: properties for name, (properties, _) in compiled.items() if "0 bytes spill stores" not in properties}
+    spills = {
+        name: properties for name, (properties, _) in compiled.items() if "0 bytes spill stores" not in properties
+    }
     assert not spills
