@@ -342,7 +342,9 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
 
   const auto right = [&](int stage, Shared<Vector16> to) {
     constexpr int kRowVectors = kColumns / kVector<T>;
-    for (int i = ThreadIndex(); i < kStage<T> * kRowVectors; i += kThreads) {
+#pragma unroll
+    for (int own = 0; own < kStage<T> * kRowVectors / kThreads; ++own) {
+      const int i = ThreadIndex() + own * kThreads;
       const int64_t pixel = first_pixel + int64_t{stage} * kStage<T> + i / kRowVectors;
       const int out = column_tile * kColumns + i % kRowVectors * kVector<T>;
       const bool there = pixel < end && out < p.padded_group_out;

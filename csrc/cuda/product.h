@@ -249,10 +249,13 @@ JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy
 // The right operand packed stage after stage, each of kColumns rows.
 template <int kColumns>
 struct CopyPacked {
+  static_assert(kColumns * kStageVectors % kThreads == 0);
   const Vector16* packed;
 
   JAX_DCN_DEVICE void operator()(int stage, Shared<Vector16> to) const {
-    for (int i = ThreadIndex(); i < kColumns * kStageVectors; i += kThreads) {
+#pragma unroll
+    for (int own = 0; own < kColumns * kStageVectors / kThreads; ++own) {
+      const int i = ThreadIndex() + own * kThreads;
       CopyAsync16(to + (i / kStageVectors * kRowPitch + i % kStageVectors),
                   packed + (int64_t{stage} * kColumns * kStageVectors + i), true);
     }
