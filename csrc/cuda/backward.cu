@@ -76,7 +76,8 @@ struct BackwardPlan {
 };
 
 template <class A>
-Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* workspace, cudaStream_t stream) {
+Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* workspace, bool deterministic,
+                   cudaStream_t stream) {
   using T = typename A::T;
   using Tag = typename A::Tag;
   using Real = Accumulation<T>;
@@ -123,9 +124,16 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   if (plan.want_samples) {
     Real* sums = wanted.x && p.pads_in() ? plan.padded_grad_x : grad_x;
     if (wanted.x) launcher.Zero("grad_x", sums, plan.input_pixels * p.c_in * static_cast<int64_t>(sizeof(Real)));
-    launcher.Run("GradSamples", GradSamplesKernel<T, Tag>, CeilDiv(p.pixels, kRows) * p.taps,
-                 GradSamplesMemory<T>::kBytes, p, samples, grad_y, plan.weights, plan.packed.stages, sums,
-                 arrays.grad_offset, arrays.grad_mask);
+    const bool in_order = wanted.x && deterministic;
+    if (in_order) {
+      launcher.Run("GradXInOrder", GradXInOrderKernel<T, Tag>, g.batch * p.groups * plan.packed.tiles,
+                   GradSamplesMemory<T>::kBytes, p, samples, grad_y, plan.weights, plan.packed.stages, sums);
+    }
+    if (!in_order || wanted.offset || wanted.mask) {
+      launcher.Run("GradSamples", GradSamplesKernel<T, Tag>, CeilDiv(p.pixels, kRows) * p.taps,
+                   GradSamplesMemory<T>::kBytes, p, samples, grad_y, plan.weights, plan.packed.stages,
+                   in_order ? nullptr : sums, arrays.grad_offset, arrays.grad_mask);
+    }
     if (wanted.x && p.pads_in()) {
       launcher.RunForEach("Unpad", UnpadKernel<Real>, runs * p.unit, sums, runs, p.unit, p.padded_unit, grad_x);
     }
@@ -150,9 +158,9 @@ int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType 
 
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
                 cudaStream_t stream) {
-  if (options.deterministic && arrays.grad_x.data != nullptr) return {cudaErrorInvalidValue, "deterministic grad_x"};
-  return WithArithmetic(arrays.x.dtype, options.precision,
-                        [&](auto a) { return RunBackward<decltype(a)>(geometry, arrays, workspace, stream); });
+  return WithArithmetic(arrays.x.dtype, options.precision, [&](auto a) {
+    return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, stream);
+  });
 }
 
 }  // namespace cuda

@@ -3,6 +3,7 @@
 //  - GradSamples, for the gradients of x, offset and mask: a block takes 128 output pixels and a tap. It multiplies
 //    grad_y with the weight, 64 channels at a time, which gives the gradients of its samples, and visits these: it adds
 //    to grad_x with atomics, and sums what the gradients of offset and mask need, which it alone writes.
+//    Where the order of the sums must not change from run to run, GradXInOrder adds to grad_x instead.
 //  - GradWeight: a block takes a part of the pixels, 128 rows of the weight (taps and channels) and a tile of output
 //    channels, and multiplies the samples, which it makes again, with grad_y. The sums of the parts are added up in
 //    their order by ReduceWeight.
@@ -61,7 +62,17 @@ class LocatedSamples {
         real_(SharedMemory<Real>(byte + kRows * 8)),
         flags_(SharedMemory<int>(byte + kRows * (8 + 7 * int{sizeof(Real)}))) {}
 
-  JAX_DCN_DEVICE void Store(int row, const OutputPixel& pixel, const Sample<Real>& s, Real mask) {
+  // Those of a tap of a deform group, of the pixels before `end`; a barrier must follow.
+  template <class T>
+  JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int tap,
+                             int deform_group) {
+    const int row = ThreadIndex();
+    if (row >= kRows) return;
+    const OutputPixel pixel(p, first_pixel + row);
+    Displacement<Real> displacement;
+    displacement.Load(p, samples, pixel.index, end, tap, deform_group);
+    const Sample<Real> s = displacement.Locate(p, pixel, tap);
+    const Real mask = displacement.mask;
     corner_[row] = pixel.image + s.index;
     int flags = s.valid ? kValid : 0;
     for (int k = 0; k < kCorners; ++k) {
@@ -124,8 +135,38 @@ struct GradSamplesMemory {
   static constexpr int kBytes = kLocated + LocatedSamples<Real>::kBytes;
 };
 
-// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted. The packed weight is (tap, group,
-// tile of kChannels channels, stage, channel of the tile, k of the stage).
+// The channels of a part, one of the groups * tiles products that make all channels of a tap.
+struct ChannelPart {
+  int group, first, end;
+
+  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
+    const int tiles = static_cast<int>(CeilDiv(p.group_in, kChannels));
+    group = part / tiles;
+    first = group * p.group_in + part % tiles * kChannels;
+    const int group_end = (group + 1) * p.group_in;
+    end = first + kChannels < group_end ? first + kChannels : group_end;
+  }
+};
+
+// The gradients of a part's samples, into shared memory; a barrier must follow, and one before the next call. The
+// packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of the stage).
+template <class T, class Tag>
+JAX_DCN_DEVICE void MultiplyGrads(const Problem& p, const T* grad_y, const Vector16* weights, int stages,
+                                  int64_t first_pixel, int tap, int part, Shared<Accumulation<T>> grads) {
+  const int64_t parts = p.groups * CeilDiv(p.group_in, kChannels);
+  GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart(p, part).group);
+  const CopyPacked<kChannels> right{weights + (tap * parts + part) * stages * kChannels * kStageVectors};
+  Product<T, Tag, kChannels> product;
+  MultiplyStages<T, kChannels, false>(stages, left, right, product);
+  SyncThreads();
+  product.ForEach([&](int row, int column, const auto& values) {
+    for (int i = 0; i < decltype(product)::kRun; ++i) {
+      grads[row * kGradPitch<Accumulation<T>> + column + i] = values[i];
+    }
+  });
+}
+
+// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
 template <class T, class Tag>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
     GradSamplesKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
@@ -150,14 +191,6 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   for (auto& corners : sums) {
     for (Real& sum : corners) sum = 0;
   }
-
-  const auto locate = [&](int deform_group) {
-    if (thread >= kRows) return;
-    const OutputPixel pixel(p, first_pixel + thread);
-    Displacement<Real> displacement;
-    displacement.Load(p, samples, pixel.index, p.pixels, tap, deform_group);
-    located.Store(thread, pixel, displacement.Locate(p, pixel, tap), displacement.mask);
-  };
 
   // Channels [begin, end) lie in one deform group; `first` is that of column 0 of the product.
   const auto visit = [&](int begin, int end, int first) {
@@ -218,28 +251,16 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   int located_group = -1;
 #pragma unroll 1
   for (int part = 0; part < p.groups * tiles; ++part) {
-    const int group = part / tiles;
-    const int first = group * p.group_in + part % tiles * kChannels;
-    const int group_end = (group + 1) * p.group_in;
-    const int end = first + kChannels < group_end ? first + kChannels : group_end;
-    {
-      GradRows<T, Tag> left(p, grad_y, first_pixel, group);
-      const int64_t tile = int64_t{tap} * p.groups * tiles + part;
-      const CopyPacked<kChannels> right{weights + tile * stages * kChannels * kStageVectors};
-      Product<T, Tag, kChannels> product;
-      MultiplyStages<T, kChannels, false>(stages, left, right, product);
-      SyncThreads();
-      product.ForEach([&](int row, int column, const auto& values) {
-        for (int i = 0; i < decltype(product)::kRun; ++i) grads[row * kGradPitch<Real> + column + i] = values[i];
-      });
-    }
+    const int first = ChannelPart(p, part).first;
+    const int end = ChannelPart(p, part).end;
+    MultiplyGrads<T, Tag>(p, grad_y, weights, stages, first_pixel, tap, part, grads);
     for (int begin = first; begin < end;) {
       const int deform_group = begin / p.deform_in;
       const int deform_end = (deform_group + 1) * p.deform_in;
       const int run_end = deform_end < end ? deform_end : end;
       if (deform_group != located_group) {
         SyncThreads();
-        locate(deform_group);
+        located.Locate(p, samples, first_pixel, p.pixels, tap, deform_group);
         located_group = deform_group;
       }
       if (begin == first || deform_group * p.deform_in == begin) SyncThreads();
@@ -248,6 +269,48 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
       begin = run_end;
     }
     SyncThreads();
+  }
+}
+
+// grad_x alone, in the same order in every run: a block owns the channels of a part of an image, and each of its
+// threads a channel, to which it adds sample after sample. So few threads that wait for memory are slow, tens of times
+// slower than atomics.
+template <class T, class Tag>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
+    GradXInOrderKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
+                       Accumulation<T>* grad_x) {
+  using Real = Accumulation<T>;
+  const int parts = p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels));
+  const int part = BlockIndex().x % parts;
+  const int64_t first_pixel = BlockIndex().x / parts * p.image_out;
+  const int64_t end_pixel = first_pixel + p.image_out;
+  const ChannelPart channels(p, part);
+  const int channel = channels.first + ThreadIndex();
+  LocatedSamples<Real> located(GradSamplesMemory<T>::kLocated);
+  const Shared<Real> grads = SharedMemory<Real>(0);
+
+#pragma unroll 1
+  for (int64_t pixel = first_pixel; pixel < end_pixel; pixel += kRows) {
+#pragma unroll 1
+    for (int tap = 0; tap < p.taps; ++tap) {
+      MultiplyGrads<T, Tag>(p, grad_y, weights, stages, pixel, tap, part, grads);
+      for (int group = channels.first / p.deform_in; group * p.deform_in < channels.end; ++group) {
+        located.Locate(p, samples, pixel, end_pixel, tap, group);
+        SyncThreads();
+        if (channel < channels.end && channel / p.deform_in == group) {
+          for (int row = 0; row < kRows; ++row) {
+            const int flags = located.flags(row);
+            Real* corner = grad_x + located.corner(row) * p.c_in + channel;
+            for (int k = 0; k < kCorners; ++k) {
+              if ((flags >> k & 1) == 0) continue;
+              corner[(k & 1) * p.c_in + (k >> 1) * int64_t{p.width} * p.c_in] +=
+                  grads[row * kGradPitch<Real> + ThreadIndex()] * located.weight(k, row);
+            }
+          }
+        }
+        SyncThreads();
+      }
+    }
   }
 }
 
