@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import run_python
 
 TOP = Path(__file__).parents[2]
 
@@ -53,3 +54,33 @@ def test_operator_through_the_cuda_path(file, handlers):
     assert done.returncode == 0, done.stdout + done.stderr
     (calls,) = re.findall(r"CUDA handlers on the CPU: (\d+) calls lowered", done.stdout)
     assert int(calls) >= 5
+
+
+CHANGES = {
+    "work space": "native.cuda_workspace = lambda *a, f=native.cuda_workspace: jax.ShapeDtypeStruct("
+    "(f(*a).shape[0] - 1,), 'uint8')",
+    "wrong shape": "native.attributes = lambda *a, f=native.attributes, **k: {**f(*a, **k), 'deform_groups': "
+    "np.int64(2)}",
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_the_handler_refuses(message, handlers):
+    code = f"""
+import handlers_on_cpu, jax, jax.numpy as jnp, jax_dcn, numpy as np
+from jax_dcn import native
+
+def call():
+    x, offset, weight = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 4, 4, 2)), jnp.ones((1, 1, 4, 4))
+    return jax.block_until_ready(jax.jit(lambda *a: jax_dcn.deform_conv2d(*a, data_format="NHWC"))(x, offset, weight))
+
+call()
+{CHANGES[message]}
+try:
+    call()
+except jax.errors.JaxRuntimeError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(code, CUDA_HANDLERS_ON_CPU=str(handlers), PYTHONPATH=path)
+    assert message in printed, printed
