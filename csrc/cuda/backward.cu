@@ -17,7 +17,7 @@ WeightParts PlanWeightParts(const Problem& p) {
   constexpr int64_t kMostBytes = 64 << 20;
   WeightParts w{};
   w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.group_in, kRows));
-  w.columns = TileColumns<A>(p.group_out, kBlocks);
+  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, kBlocks);
   w.column_tiles = static_cast<int>(CeilDiv(p.group_out, w.columns));
   w.parts = 1;
   const int64_t wanted = CeilDiv(kBlocks, w.blocks(p));
@@ -139,7 +139,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     }
   }
   if (wanted.weight) {
-    WithColumns<A>(plan.weight_parts.columns, [&](auto columns) {
+    WithColumns<A::kTransposedColumns>(plan.weight_parts.columns, [&](auto columns) {
       launcher.Run("GradWeight", GradWeightKernel<T, Tag, columns>, plan.weight_parts.blocks(p),
                    kProductSharedBytes<T, columns, true>, p, samples, grad_y, plan.weight_parts, plan.weight_sums);
     });

@@ -132,7 +132,8 @@ struct GradSamplesMemory {
   static constexpr int kProduct = kProductSharedBytes<T, kChannels, false>;
   static constexpr int kGrads = kRows * kGradPitch<Real> * int{sizeof(Real)};
   static constexpr int kLocated = kProduct > kGrads ? kProduct : kGrads;  // where they begin
-  static constexpr int kBytes = kLocated + LocatedSamples<Real>::kBytes;
+  static constexpr int kSums = kLocated + LocatedSamples<Real>::kBytes;
+  static constexpr int kBytes = kSums + kCorners * kRows * int{sizeof(Real)};
 };
 
 // The channels of a part, one of the groups * tiles products that make all channels of a tap.
@@ -176,7 +177,6 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   // Eight threads visit a pixel, each four channels at a time, so that a warp's accesses are of 128 bytes in a row.
   constexpr int kPixelThreads = 8;
   constexpr int kRoundPixels = kThreads / kPixelThreads;
-  constexpr int kRounds = kRows / kRoundPixels;
 
   const int thread = ThreadIndex();
   const int tap = BlockIndex().x % p.taps;
@@ -187,20 +187,22 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   Located located(GradSamplesMemory<T>::kLocated);
   const Shared<Real> grads = SharedMemory<Real>(0);
 
-  Real sums[kRounds][kCorners];  // over the channels of a deform group so far, of gradient times corner value
-  for (auto& corners : sums) {
-    for (Real& sum : corners) sum = 0;
-  }
+  // Of gradient times corner value over the channels of a deform group so far: (corner, row). The first thread of a
+  // pixel keeps them, in shared memory, as it has no registers left during a product.
+  const Shared<Real> sums = SharedMemory<Real>(GradSamplesMemory<T>::kSums);
+  const bool keeps_sums = thread % kPixelThreads == 0;
+  const auto clear_sums = [&](int row) {
+    for (int k = 0; k < kCorners; ++k) sums[k * kRows + row] = Real(0);
+  };
+  for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) clear_sums(row);
 
   // Channels [begin, end) lie in one deform group; `first` is that of column 0 of the product.
   const auto visit = [&](int begin, int end, int first) {
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int row = round * kRoundPixels + thread / kPixelThreads;
+    for (int row = thread / kPixelThreads; row < kRows; row += kRoundPixels) {
       const int flags = located.flags(row);
-      if (flags == 0) continue;
+      Real own[kCorners] = {};
       const int64_t corner = located.corner(row) * p.c_in;
-      for (int c = begin + thread % kPixelThreads * 4; c < end; c += kPixelThreads * 4) {
+      for (int c = begin + thread % kPixelThreads * 4; c < end && flags != 0; c += kPixelThreads * 4) {
         Real grad[4];
         for (int i = 0; i < 4; i += kVector<Real>) {
           Real part[kVector<Real>];
@@ -213,7 +215,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
           if (want_sums) {
             Real value[4];
             LoadChannels(inside ? samples.x + at : samples.zeros + c, value);
-            for (int i = 0; i < 4; ++i) sums[round][k] += grad[i] * value[i];
+            for (int i = 0; i < 4; ++i) own[k] += grad[i] * value[i];
           }
           if (grad_x != nullptr && inside) {
             const Real weight = located.weight(k, row);
@@ -222,29 +224,31 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
           }
         }
       }
+      if (want_sums) {
+        for (int k = 0; k < kCorners; ++k) {
+          for (int lanes = kPixelThreads / 2; lanes > 0; lanes /= 2) own[k] += ShuffleXor(own[k], lanes);
+          if (keeps_sums) sums[k * kRows + row] = sums[k * kRows + row] + own[k];
+        }
+      }
     }
   };
 
   // Writes the gradients of a deform group's offset and mask, and begins the sums of the next.
   const auto finish = [&](int deform_group) {
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int row = round * kRoundPixels + thread / kPixelThreads;
-      for (Real& sum : sums[round]) {
-        for (int lanes = kPixelThreads / 2; lanes > 0; lanes /= 2) sum += ShuffleXor(sum, lanes);
+    for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) {
+      if (first_pixel + row >= p.pixels) break;
+      // An invalid sample has no gradient, not even where grad_y is infinite.
+      const bool valid = (located.flags(row) & Located::kValid) != 0;
+      const Real ly = located.ly(row), lx = located.lx(row), mask = located.mask(row);
+      Real corners[kCorners];
+      for (int k = 0; k < kCorners; ++k) corners[k] = sums[k * kRows + row];
+      const int64_t i = ((first_pixel + row) * p.deform_groups + deform_group) * p.taps + tap;
+      if (grad_offset.data != nullptr) {
+        StoreElement(grad_offset, 2 * i, valid ? mask * DerivativeY(corners, lx) : Real(0));
+        StoreElement(grad_offset, 2 * i + 1, valid ? mask * DerivativeX(corners, ly) : Real(0));
       }
-      if (thread % kPixelThreads == 0 && first_pixel + row < p.pixels) {
-        // An invalid sample has no gradient, not even where grad_y is infinite.
-        const bool valid = (located.flags(row) & Located::kValid) != 0;
-        const Real ly = located.ly(row), lx = located.lx(row), mask = located.mask(row);
-        const int64_t i = ((first_pixel + row) * p.deform_groups + deform_group) * p.taps + tap;
-        if (grad_offset.data != nullptr) {
-          StoreElement(grad_offset, 2 * i, valid ? mask * DerivativeY(sums[round], lx) : Real(0));
-          StoreElement(grad_offset, 2 * i + 1, valid ? mask * DerivativeX(sums[round], ly) : Real(0));
-        }
-        if (grad_mask.data != nullptr) StoreElement(grad_mask, i, valid ? Interpolate(sums[round], ly, lx) : Real(0));
-      }
-      for (Real& sum : sums[round]) sum = 0;
+      if (grad_mask.data != nullptr) StoreElement(grad_mask, i, valid ? Interpolate(corners, ly, lx) : Real(0));
+      clear_sums(row);
     }
   };
 

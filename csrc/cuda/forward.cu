@@ -15,7 +15,7 @@ struct ForwardPlan {
   ForwardPlan(const Geometry& g, void* workspace)
       : problem(g, kChannelVector<T>),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
-        packed(problem, false, TileColumns<A>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
+        packed(problem, false, TileColumns<A::kColumns>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
     Carver carver(workspace);
@@ -51,7 +51,7 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
     Pad(launcher, samples.x, plan.input_pixels * (p.c_in / p.padded_unit), p.unit, p.padded_unit, plan.padded_x);
     samples.x = plan.padded_x;
   }
-  WithColumns<A>(plan.packed.columns, [&](auto columns) {
+  WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
     launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
                  kProductSharedBytes<T, columns, false>, p, samples, plan.weights, plan.packed.stages,
                  static_cast<const T*>(arrays.bias.data), static_cast<T*>(arrays.y.data));
