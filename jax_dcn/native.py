@@ -92,11 +92,11 @@ def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict
     batch = x.shape[0]
     if isinstance(batch, int):
         return jax.ShapeDtypeStruct((size_for(batch),), np.uint8)
-    # Exported for any batch: so much per image, and what is for all of them as large as it becomes.
+    # Exported for any batch. With many images the size is a line; few may need one block more of each of its arrays.
     many = 2**20
-    per_image = -(-(size_for(2 * many) - size_for(many)) // many)
-    shared = max(size_for(1), size_for(many) - per_image * many)
-    return jax.ShapeDtypeStruct((per_image * batch + shared,), np.uint8)
+    line = size_for(2 * many) - size_for(many)
+    shared = size_for(many) - line + size_for(1)
+    return jax.ShapeDtypeStruct((-(-line // many) * batch + shared,), np.uint8)
 
 
 def show_config() -> None:

@@ -15,7 +15,7 @@ struct ForwardPlan {
   ForwardPlan(const Geometry& g, void* workspace)
       : problem(g, kChannelVector<T>),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
-        packed(problem, false, TileColumns<A>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
+        packed(problem, false, TileColumns<A::kColumns>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
     Carver carver(workspace);
@@ -48,14 +48,12 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   if (p.pads_in()) {
-    const int64_t runs = plan.input_pixels * (p.c_in / p.padded_unit);
-    launcher.RunForEach("Pad", PadKernel<T>, runs * (p.padded_unit / kVector<T>), samples.x, runs, p.unit,
-                        p.padded_unit, reinterpret_cast<Vector16*>(plan.padded_x));
+    Pad(launcher, samples.x, plan.input_pixels * (p.c_in / p.padded_unit), p.unit, p.padded_unit, plan.padded_x);
     samples.x = plan.padded_x;
   }
-  WithColumns<A>(plan.packed.columns, [&](auto columns) {
+  WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
     launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
-                 kProductSharedBytes<T, columns>, p, samples, plan.weights, plan.packed.stages,
+                 kProductSharedBytes<T, columns, false>, p, samples, plan.weights, plan.packed.stages,
                  static_cast<const T*>(arrays.bias.data), static_cast<T*>(arrays.y.data));
   });
   return launcher.status();

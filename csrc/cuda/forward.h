@@ -59,7 +59,7 @@ class SampleRows {
       next_channel_ %= p_.group_in;
     }
     next_deform_group_ = (first_channel_ + next_channel_) / p_.deform_in;
-    displacement_.Load(p_, samples_, pixel_.index, next_tap_, next_deform_group_);
+    displacement_.Load(p_, samples_, pixel_.index, p_.pixels, next_tap_, next_deform_group_);
   }
 
   // Goes on there, for all vectors of the same tap and deform group.
@@ -118,7 +118,8 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
 
   SampleRows<T, Tag> left(p, samples, first_pixel, group);
   Product<T, Tag, kColumns> product;
-  MultiplyStages<T, kColumns>(stages, left, weights + int64_t{part} * stages * kColumns * kStageVectors, product);
+  const CopyPacked<kColumns> right{weights + int64_t{part} * stages * kColumns * kStageVectors};
+  MultiplyStages<T, kColumns, false>(stages, left, right, product);
 
   const int64_t c_out = int64_t{p.groups} * p.group_out;
   const bool wide = p.group_out % 2 == 0;

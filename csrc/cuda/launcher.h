@@ -72,7 +72,10 @@ template <class T_, class Tag_>
 struct Arithmetic {
   using T = T_;
   using Tag = Tag_;
-  static constexpr bool kPlain = sizeof(T) > 2 && std::is_same_v<T, Tag>;
+  // The widest tiles whose sums leave registers for the rest. Plain products hold operands in registers too, and those
+  // of TF32, transposed, load them word by word.
+  static constexpr int kColumns = sizeof(T) > 2 && std::is_same_v<T, Tag> ? 128 : 256;
+  static constexpr int kTransposedColumns = sizeof(T) > 2 ? 128 : 256;
 };
 
 // Calls function(Arithmetic of the type).
@@ -89,22 +92,22 @@ auto WithArithmetic(DType dtype, Precision precision, const Function& function) 
 
 // Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few
 // blocks came out that the processors stood idle (an H200 has 132).
-template <class A>
+template <int kMost>
 int TileColumns(int total, int64_t other_blocks) {
   constexpr int64_t kBlocks = 128;
-  int columns = A::kPlain ? 128 : 256;  // plain products hold twice the registers, or do not gain from more
+  int columns = kMost;
   while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
   return columns;
 }
 
 // Calls function(the number of columns as an std::integral_constant).
-template <class A, class Function>
+template <int kMost, class Function>
 void WithColumns(int columns, const Function& function) {
   if (columns == 64) {
     function(std::integral_constant<int, 64>());
-  } else if (A::kPlain || columns == 128) {
+  } else if (kMost == 128 || columns == 128) {
     function(std::integral_constant<int, 128>());
-  } else if constexpr (!A::kPlain) {
+  } else if constexpr (kMost == 256) {
     function(std::integral_constant<int, 256>());
   }
 }

@@ -2,13 +2,12 @@
 
 #pragma once
 
+#include "launcher.h"
 #include "problem.h"
 #include "product.h"
 
 namespace jax_dcn {
 namespace cuda {
-
-JAX_DCN_DEVICE int64_t GlobalThread() { return int64_t{BlockIndex().x} * kThreads + ThreadIndex(); }
 
 // The weight as right operands of products, each (stage, column, k of the stage), with zeros for what is not there:
 //  - forward: (group, tile of output channels); k are taps and channels, columns are output channels;
@@ -76,6 +75,12 @@ JAX_DCN_GLOBAL void PadKernel(const T* from, int64_t runs, int unit, int padded,
     if (first + e < unit) values[e] = ToReal(from[i / vectors * unit + first + e]);
   }
   to[i] = Pack<T, T>(values);
+}
+
+template <class T>
+void Pad(Launcher& launcher, const T* from, int64_t runs, int unit, int padded, T* to) {
+  launcher.RunForEach("Pad", PadKernel<T>, runs * (padded / kVector<T>), from, runs, unit, padded,
+                      reinterpret_cast<Vector16*>(to));
 }
 
 // The inverse.

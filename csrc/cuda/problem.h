@@ -21,7 +21,7 @@ template <class T>
 inline constexpr int kChannelVector = kVector<T> < 4 ? 4 : kVector<T>;
 
 struct Problem {
-  int height, width, w_out, kernel_w, taps;
+  int height, width, h_out, w_out, kernel_w, taps;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, deform_groups;
   int unit, padded_unit;            // channels of a run, without and with padding
@@ -32,6 +32,7 @@ struct Problem {
   Problem(const Geometry& g, int vector)
       : height(Int(g.height)),
         width(Int(g.width)),
+        h_out(Int(g.h_out)),
         w_out(Int(g.w_out)),
         kernel_w(Int(g.kernel_w)),
         taps(Int(g.taps())),
@@ -76,18 +77,31 @@ struct Samples {
   const T* zeros;  // one pixel, which stands for all outside the image
 };
 
-// An output pixel, or none, and where tap (0, 0) samples with no offset.
+// An output pixel.
 struct OutputPixel {
-  int64_t index;  // of all output pixels; -1 if there is none
-  int64_t image;  // index of the first pixel of its image
-  int y, x;
+  int64_t index;  // of all output pixels
+  int64_t image;  // index of the first input pixel of its image
+  int row, column;
 
-  JAX_DCN_DEVICE OutputPixel(const Problem& p, int64_t i) : index(i < p.pixels ? i : -1) {
-    const int64_t image_index = index < 0 ? 0 : index / p.image_out;
-    const int64_t in_image = index < 0 ? 0 : index - image_index * p.image_out;
+  JAX_DCN_DEVICE OutputPixel(const Problem& p, int64_t i) : index(i) {
+    const int64_t image_index = i / p.image_out;
+    const int64_t in_image = i - image_index * p.image_out;
     image = image_index * p.height * p.width;
-    y = static_cast<int>(in_image / p.w_out) * p.stride_h - p.padding_h;
-    x = static_cast<int>(in_image % p.w_out) * p.stride_w - p.padding_w;
+    row = static_cast<int>(in_image / p.w_out);
+    column = static_cast<int>(in_image - int64_t{row} * p.w_out);
+  }
+
+  // Goes on by a few pixels.
+  JAX_DCN_DEVICE void Advance(const Problem& p, int pixels) {
+    index += pixels;
+    column += pixels;
+    while (column >= p.w_out) {
+      column -= p.w_out;
+      if (++row == p.h_out) {
+        row = 0;
+        image += int64_t{p.height} * p.width;
+      }
+    }
   }
 };
 
@@ -96,12 +110,13 @@ template <class Real>
 struct Displacement {
   Real dy, dx, mask;
 
-  // Loads those of a tap of a deform group. What is not there is far outside the image.
+  // Loads those of a tap of a deform group. Pixels from `end` on and taps that are not there sample far outside.
   template <class T>
-  JAX_DCN_DEVICE void Load(const Problem& p, const Samples<T>& samples, int64_t pixel, int tap, int deform_group) {
+  JAX_DCN_DEVICE void Load(const Problem& p, const Samples<T>& samples, int64_t pixel, int64_t end, int tap,
+                           int deform_group) {
     dy = dx = Real(-1e30);
     mask = Real(1);
-    if (pixel < 0 || tap >= p.taps) return;
+    if (pixel >= end || tap >= p.taps) return;
     const int64_t i = (pixel * p.deform_groups + deform_group) * p.taps + tap;
     dy = LoadElement<Real>(samples.offset, 2 * i);
     dx = LoadElement<Real>(samples.offset, 2 * i + 1);
@@ -112,8 +127,9 @@ struct Displacement {
     // The regular part is a whole number, so that the coordinate is rounded once.
     const int i = tap / p.kernel_w;
     const int j = tap - i * p.kernel_w;
-    return cuda::Locate(static_cast<Real>(pixel.y + i * p.dilation_h) + dy,
-                        static_cast<Real>(pixel.x + j * p.dilation_w) + dx, p.height, p.width);
+    const int y = pixel.row * p.stride_h - p.padding_h + i * p.dilation_h;
+    const int x = pixel.column * p.stride_w - p.padding_w + j * p.dilation_w;
+    return cuda::Locate(static_cast<Real>(y) + dy, static_cast<Real>(x) + dx, p.height, p.width);
   }
 };
 

@@ -14,6 +14,9 @@ inline constexpr int kThreads = 256;  // of a block
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr int kRows = 128;  // of the left operand
 
+// Of kernels that give each thread an item.
+JAX_DCN_DEVICE int64_t GlobalThread() { return int64_t{BlockIndex().x} * kThreads + ThreadIndex(); }
+
 template <class T>
 inline constexpr int kStage = 64 / sizeof(T);  // elements of k
 inline constexpr int kStageVectors = 4;
@@ -103,7 +106,8 @@ class TensorProduct {
     }
   }
 
-  // Those of 16 columns, the first eight in b[0] and b[1].
+  // Those of 16 columns, the first eight in b[0] and b[1]. Transposed ones come as the caller has them, not yet
+  // rounded.
   static JAX_DCN_DEVICE void LoadRight(Shared<const Vector16> right, int step, int column, int lane, uint32_t (&b)[4]) {
     if constexpr (!kTransposed) {
       LoadMatrix4(b, right + ((column + lane / 16 * 8 + lane % 8) * kRowPitch + step * 2 + lane / 8 % 2));
@@ -112,8 +116,9 @@ class TensorProduct {
       LoadMatrix4Transposed(b, right + (k * kTransposedPitch<T, kColumns> + (column + lane / 16 * 8) / 8));
     } else {
       for (int i = 0; i < 4; ++i) {
-        b[i] =
+        const uint32_t word =
             Word(right, kTransposedPitch<T, kColumns>, step * 8 + i % 2 * 4 + lane % 4, column + i / 2 * 8 + lane / 4);
+        b[i] = FloatBits(RoundToTF32(BitsFloat(word)));
       }
     }
   }
@@ -205,28 +210,23 @@ using Product =
 // Stages of the right operand in shared memory: one in use and two on their way.
 inline constexpr int kRightStages = 3;
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kTransposed>
 inline constexpr int kProductSharedBytes =
-    (2 * kStageSize<T, kRows, false> + kRightStages * kStageSize<T, kColumns, false>)*int{sizeof(Vector16)};
+    (2 * kStageSize<T, kRows, kTransposed> + kRightStages * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
 
 // Adds the product over all stages. `left` has Fetch(), which loads the thread's part of the next stage into registers,
 // and Store(to), which puts it into shared memory; the loads are on their way during the product of the stage before.
-// The right operand is packed stage after stage, each of kColumns rows.
-template <class T, int kColumns, class Product, class Left>
-JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const Vector16* right, Product& product) {
+// copy_right(stage, to) begins the copy of the thread's part of a stage of the right operand.
+template <class T, int kColumns, bool kTransposed, class Product, class Left, class CopyRight>
+JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy_right, Product& product) {
+  constexpr int kLeftSize = kStageSize<T, kRows, kTransposed>;
+  constexpr int kRightSize = kStageSize<T, kColumns, kTransposed>;
   const Shared<Vector16> left_stages = SharedMemory<Vector16>(0);
-  const Shared<Vector16> right_stages = left_stages + 2 * kStageSize<T, kRows, false>;
-  const auto copy_right = [&](int stage, int to) {
-    if (stage < stages) {
-      for (int i = ThreadIndex(); i < kColumns * kStageVectors; i += kThreads) {
-        CopyAsync16(
-            right_stages + (to * kStageSize<T, kColumns, false> + i / kStageVectors * kRowPitch + i % kStageVectors),
-            right + (int64_t{stage} * kColumns * kStageVectors + i), true);
-      }
-    }
+  const Shared<Vector16> right_stages = left_stages + 2 * kLeftSize;
+  for (int stage = 0; stage < kRightStages - 1; ++stage) {
+    if (stage < stages) copy_right(stage, right_stages + stage * kRightSize);
     CopyCommit();
-  };
-  for (int stage = 0; stage < kRightStages - 1; ++stage) copy_right(stage, stage);
+  }
   left.Fetch();
   left.Store(left_stages);
   int use = 0;
@@ -235,15 +235,32 @@ JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const Vector16* right
     // After the barrier all have stored this stage and are done with the one before, whose memory is used again.
     CopyWait<kRightStages - 2>();
     SyncThreads();
-    copy_right(stage + kRightStages - 1, use == 0 ? kRightStages - 1 : use - 1);
+    const int done = use == 0 ? kRightStages - 1 : use - 1;
+    if (stage + kRightStages - 1 < stages) copy_right(stage + kRightStages - 1, right_stages + done * kRightSize);
+    CopyCommit();
     if (stage + 1 < stages) left.Fetch();
-    product.Add(left_stages + stage % 2 * kStageSize<T, kRows, false>,
-                right_stages + use * kStageSize<T, kColumns, false>);
-    if (stage + 1 < stages) left.Store(left_stages + (stage + 1) % 2 * kStageSize<T, kRows, false>);
+    product.Add(left_stages + stage % 2 * kLeftSize, right_stages + use * kRightSize);
+    if (stage + 1 < stages) left.Store(left_stages + (stage + 1) % 2 * kLeftSize);
     use = use == kRightStages - 1 ? 0 : use + 1;
   }
   CopyWait<0>();
 }
+
+// The right operand packed stage after stage, each of kColumns rows.
+template <int kColumns>
+struct CopyPacked {
+  static_assert(kColumns * kStageVectors % kThreads == 0);
+  const Vector16* packed;
+
+  JAX_DCN_DEVICE void operator()(int stage, Shared<Vector16> to) const {
+#pragma unroll
+    for (int own = 0; own < kColumns * kStageVectors / kThreads; ++own) {
+      const int i = ThreadIndex() + own * kThreads;
+      CopyAsync16(to + (i / kStageVectors * kRowPitch + i % kStageVectors),
+                  packed + (int64_t{stage} * kColumns * kStageVectors + i), true);
+    }
+  }
+};
 
 }  // namespace cuda
 }  // namespace jax_dcn

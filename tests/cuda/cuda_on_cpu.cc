@@ -46,7 +46,9 @@ void Read(void* to, size_t bytes) {
 class Allocations {
  public:
   ~Allocations() {
-    for (const auto& a : all_) std::free(a.data);
+    for (const auto* list : {&inputs_, &outputs_}) {
+      for (const auto& a : *list) std::free(a.data);
+    }
   }
 
   Array Input(bool given, int64_t count, int64_t dtype) {
@@ -54,7 +56,7 @@ class Allocations {
     const size_t bytes = count * Size(dtype);
     void* data = std::malloc(bytes);
     Read(data, bytes);
-    all_.push_back({data, bytes, std::string(static_cast<char*>(data), bytes)});
+    inputs_.push_back({data, bytes, std::string(static_cast<char*>(data), bytes)});
     return {data, static_cast<DType>(dtype)};
   }
 
@@ -68,22 +70,19 @@ class Allocations {
   void* Workspace(int64_t bytes) {
     void* data = std::malloc(bytes);
     std::memset(data, 0xff, bytes);
-    all_.push_back({data, 0, {}});
+    inputs_.push_back({data, 0, {}});
     return data;
   }
 
   bool InputsUnchanged() const {
-    for (const auto& a : all_) {
+    for (const auto& a : inputs_) {
       if (a.bytes != 0 && std::memcmp(a.data, a.before.data(), a.bytes) != 0) return false;
     }
     return true;
   }
 
-  void Write() {
-    for (const auto& a : outputs_) {
-      std::fwrite(a.data, 1, a.bytes, stdout);
-      all_.push_back(a);
-    }
+  void Write() const {
+    for (const auto& a : outputs_) std::fwrite(a.data, 1, a.bytes, stdout);
   }
 
  private:
@@ -92,7 +91,7 @@ class Allocations {
     size_t bytes;
     std::string before;
   };
-  std::list<Allocation> all_, outputs_;
+  std::list<Allocation> inputs_, outputs_;
 };
 
 cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options options) {

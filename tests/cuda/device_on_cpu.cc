@@ -15,6 +15,11 @@
 #include <string>
 #include <vector>
 
+// Null in a program without AddressSanitizer.
+#pragma weak __sanitizer_start_switch_fiber
+#pragma weak __sanitizer_finish_switch_fiber
+#pragma weak __sanitizer_print_stack_trace
+
 namespace jax_dcn {
 namespace cuda {
 namespace on_cpu {
@@ -62,6 +67,7 @@ jax_dcn_switch:
 )");
 
 void Switch(Fiber& from, Fiber& to) {
+  if (__sanitizer_start_switch_fiber == nullptr) return jax_dcn_switch(&from.stack_pointer, to.stack_pointer);
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
   jax_dcn_switch(&from.stack_pointer, to.stack_pointer);
@@ -174,9 +180,11 @@ void Wake(int thread) {
 // The entry of every fiber, which lives as long as the process: a stack left for good would keep AddressSanitizer's
 // marks of the frames on it.
 void ThreadMain() {
-  const void* bottom;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &device.scheduler.size);
-  device.scheduler.bottom = const_cast<void*>(bottom);
+  if (__sanitizer_finish_switch_fiber != nullptr) {
+    const void* bottom;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &device.scheduler.size);
+    device.scheduler.bottom = const_cast<void*>(bottom);
+  }
   for (;;) {
     (*device.body)();
     Thread& thread = device.thread();
@@ -282,7 +290,7 @@ void Fail(const char* format, ...) {
   std::vfprintf(stderr, format, arguments);
   std::fprintf(stderr, "\n");
   va_end(arguments);
-  __sanitizer_print_stack_trace();
+  if (__sanitizer_print_stack_trace != nullptr) __sanitizer_print_stack_trace();
   std::fflush(stderr);
   std::_Exit(3);
 }

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_random import geometries
 from tolerances import TOLERANCES
 
-# What the rounding of products' operands adds to the tolerances: half the spacing of the numbers below the scale. The
-# largest errors seen were 5e-4 for TF32, whose numbers have 11 bits, 5e-3 for bfloat16 and 5e-4 for float16.
-ROUNDED = {"tf32": 2**-10, "bfloat16": 2**-8, "float16": 2**-11}
+# What the rounding of products' operands adds to the tolerances. The largest errors seen were 9e-4 for TF32, whose
+# numbers have 11 bits, 5e-3 for bfloat16 and 5e-4 for float16, the rounding of the result included.
+ROUNDED = {"tf32": 2**-9, "bfloat16": 2**-8, "float16": 2**-11}
 
 # The widest tiles are taken only where that leaves enough blocks for a GPU, and are not full here.
 WIDE_TILES = [
@@ -28,7 +28,8 @@ WIDE_TILES = [
 
 
 def assert_close(mode, actual, expected, name):
-    tolerance = TOLERANCES[actual.dtype.name] + ROUNDED.get(mode, 0)
+    sums = "float64" if mode == "float64" else "float32"
+    tolerance = max(TOLERANCES[actual.dtype.name], TOLERANCES[sums]) + ROUNDED.get(mode, 0)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     scale = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale, err_msg=f"{mode} {name}")
@@ -147,8 +148,6 @@ def test_values_that_are_not_finite_reach_what_they_touch(programs, value, deter
     operands["offset"][:] = 0.25
     cotangent[0, 1, 2, 3] = value
     gradients = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=deterministic)
-    reached = np.zeros(case.size, bool)
-    reached[2:4, 3:5] = True
-    np.testing.assert_array_equal(
-        np.isfinite(gradients["x"]), ~np.stack([np.tile(reached, (4, 1, 1)), np.zeros((4, 6, 5))]).astype(bool)
-    )
+    reached = np.zeros(operands["x"].shape, bool)
+    reached[0, :, 2:4, 3:5] = True
+    np.testing.assert_array_equal(np.isfinite(gradients["x"]), ~reached)

@@ -36,24 +36,25 @@ def test_sound_kernels_pass(programs, name, seed):
     on_cpu.execute(programs / "harness_test", name, seed)
 
 
-# What a planted fault does to the real forward kernel: the number of a Fault in device_on_cpu.h, which call of it.
+# Faults planted into the facilities while the real kernels run: the number of a Fault in device_on_cpu.h, which call
+# of it. A dropped barrier is one of several kernels' in the backward.
+UNORDERED = "without a barrier between|never written|while a CopyAsync16|not all threads come"
 PLANTED = {
-    "first_barrier": ((1, 0), "without a barrier between|never written"),
-    "later_barrier": ((1, 3), "without a barrier between|never written|while a CopyAsync16"),
-    "barrier_of_one": ((2, 1), "not all threads come|without a barrier between"),
-    "wait": ((3, 0), "while a CopyAsync16"),
-    "later_wait": ((3, 2), "while a CopyAsync16"),
+    **{f"barrier_{n}": ((1, n), UNORDERED) for n in range(6)},
+    "barrier_of_one": ((2, 1), UNORDERED),
+    **{f"wait_{n}": ((3, n), "while a CopyAsync16") for n in range(2)},
     "shared_address": ((4, 1), "are outside the .* bytes of shared memory"),
     "global_address": ((5, 0), "heap-buffer-overflow"),
 }
 
 
 @pytest.mark.parametrize("mode", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", PLANTED)
-def test_faults_in_the_forward_kernel_are_found(programs, name, mode):
+def test_faults_in_the_kernels_are_found(programs, name, backward, mode):
     fault, message = PLANTED[name]
     case = Case("planted", c_in=32, c_out=32, size=(9, 11))
     operands = case.operands(on_cpu.dtype_of(mode))
-    on_cpu.run(programs, case, mode, operands)
+    cotangent = case.cotangent(on_cpu.dtype_of(mode)) if backward else None
     with pytest.raises(on_cpu.Failure, match=message):
-        on_cpu.run(programs, case, mode, operands, fault=fault)
+        on_cpu.run(programs, case, mode, operands, cotangent, fault=fault)

@@ -1,0 +1,492 @@
+// The backward kernels.
+//
+//  - GradSamples, for the gradients of x, offset and mask: a block takes 128 output pixels and a tap. It multiplies
+//    grad_y with the weight, 64 channels at a time, which gives the gradients of its samples, and visits these: it adds
+//    to grad_x with atomics, and sums what the gradients of offset and mask need, which it alone writes.
+//    Where the order of the sums must not change from run to run, GradXInOrder adds to grad_x instead.
+//  - GradWeight: a block takes a part of the pixels, 128 rows of the weight (taps and channels) and a tile of output
+//    channels, and multiplies the samples, which it makes again, with grad_y. The sums of the parts are added up in
+//    their order by ReduceWeight.
+//  - GradBias and ReduceBias: likewise.
+
+#pragma once
+
+#include "forward.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+// --- gradients of x, offset and mask ---
+
+inline constexpr int kChannels = 64;  // of the products of GradSamples
+
+// The left operand: the rows of grad_y and the output channels of a group. Threads share them as in SampleRows.
+template <class T, class Tag>
+class GradRows {
+ public:
+  JAX_DCN_DEVICE GradRows(const Problem& p, const T* grad_y, int64_t first_pixel, int group)
+      : out_(p.padded_group_out) {
+    const int64_t pixel = first_pixel + ThreadIndex() / 2;
+    at_ = grad_y + (pixel * p.groups + group) * p.padded_group_out;
+    next_ = pixel < p.pixels ? ThreadIndex() % 2 * kVector<T> : out_;
+  }
+
+  JAX_DCN_DEVICE void Fetch() {
+    for (int i = 0; i < kOwn; ++i) {
+      vector_[i] = next_ < out_ ? LoadGlobal16(at_ + next_) : Vector16{};
+      next_ += 2 * kVector<T>;
+    }
+  }
+
+  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
+    const int thread = ThreadIndex();
+    for (int i = 0; i < kOwn; ++i) to[thread / 2 * kRowPitch + thread % 2 + 2 * i] = RoundVector<T, Tag>(vector_[i]);
+  }
+
+ private:
+  static constexpr int kOwn = kStageVectors / 2;
+  const int out_;
+  const T* at_;
+  int next_;
+  Vector16 vector_[kOwn];
+};
+
+// The located samples of a block's pixels, in shared memory, field by field.
+template <class Real>
+class LocatedSamples {
+ public:
+  static constexpr int kBytes = kRows * (7 * int{sizeof(Real)} + 8 + 4);
+
+  JAX_DCN_DEVICE explicit LocatedSamples(int byte)
+      : corner_(SharedMemory<int64_t>(byte)),
+        real_(SharedMemory<Real>(byte + kRows * 8)),
+        flags_(SharedMemory<int>(byte + kRows * (8 + 7 * int{sizeof(Real)}))) {}
+
+  // Those of a tap of a deform group, of the pixels before `end`; a barrier must follow.
+  template <class T>
+  JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int tap,
+                             int deform_group) {
+    const int row = ThreadIndex();
+    if (row >= kRows) return;
+    const OutputPixel pixel(p, first_pixel + row);
+    Displacement<Real> displacement;
+    displacement.Load(p, samples, pixel.index, end, tap, deform_group);
+    const Sample<Real> s = displacement.Locate(p, pixel, tap);
+    const Real mask = displacement.mask;
+    corner_[row] = pixel.image + s.index;
+    int flags = s.valid ? kValid : 0;
+    for (int k = 0; k < kCorners; ++k) {
+      real_[k * kRows + row] = s.weight[k] * mask;
+      flags |= s.inside[k] ? 1 << k : 0;
+    }
+    real_[4 * kRows + row] = s.ly;
+    real_[5 * kRows + row] = s.lx;
+    real_[6 * kRows + row] = mask;
+    flags_[row] = flags;
+  }
+
+  JAX_DCN_DEVICE int64_t corner(int row) const { return corner_[row]; }
+  JAX_DCN_DEVICE Real weight(int k, int row) const { return real_[k * kRows + row]; }  // times the mask
+  JAX_DCN_DEVICE Real ly(int row) const { return real_[4 * kRows + row]; }
+  JAX_DCN_DEVICE Real lx(int row) const { return real_[5 * kRows + row]; }
+  JAX_DCN_DEVICE Real mask(int row) const { return real_[6 * kRows + row]; }
+  JAX_DCN_DEVICE int flags(int row) const { return flags_[row]; }  // bit k: corner k is inside
+  static constexpr int kValid = 1 << kCorners;
+
+ private:
+  Shared<int64_t> corner_;
+  Shared<Real> real_;
+  Shared<int> flags_;
+};
+
+// Four channels.
+template <class T>
+JAX_DCN_DEVICE void LoadChannels(const T* from, Accumulation<T> (&to)[4]) {
+  if constexpr (std::is_same_v<T, double>) {
+    for (int i = 0; i < 2; ++i) {
+      double pair[2];
+      Unpack<T>(LoadGlobal16(from + 2 * i), pair);
+      to[2 * i] = pair[0];
+      to[2 * i + 1] = pair[1];
+    }
+  } else if constexpr (std::is_same_v<T, float>) {
+    Unpack<T>(LoadGlobal16(from), to);
+  } else {
+    const Vector8 words = LoadGlobal8(from);
+    for (int i = 0; i < 2; ++i) {
+      float pair[2];
+      UnpackWord<T>(words.word[i], pair);
+      to[2 * i] = pair[0];
+      to[2 * i + 1] = pair[1];
+    }
+  }
+}
+
+// The gradients of the samples of a product: (kRows, kChannels), after the product in the memory of its operands.
+template <class Real>
+inline constexpr int kGradPitch = kChannels + kVector<Real>;
+
+template <class T>
+struct GradSamplesMemory {
+  using Real = Accumulation<T>;
+  static constexpr int kProduct = kProductSharedBytes<T, kChannels, false>;
+  static constexpr int kGrads = kRows * kGradPitch<Real> * int{sizeof(Real)};
+  static constexpr int kLocated = kProduct > kGrads ? kProduct : kGrads;  // where they begin
+  static constexpr int kSums = kLocated + LocatedSamples<Real>::kBytes;
+  static constexpr int kBytes = kSums + kCorners * kRows * int{sizeof(Real)};
+};
+
+// The channels of a part, one of the groups * tiles products that make all channels of a tap.
+struct ChannelPart {
+  int group, first, end;
+
+  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
+    const int tiles = static_cast<int>(CeilDiv(p.group_in, kChannels));
+    group = part / tiles;
+    first = group * p.group_in + part % tiles * kChannels;
+    const int group_end = (group + 1) * p.group_in;
+    end = first + kChannels < group_end ? first + kChannels : group_end;
+  }
+};
+
+// The gradients of a part's samples, into shared memory; a barrier must follow, and one before the next call. The
+// packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of the stage).
+template <class T, class Tag>
+JAX_DCN_DEVICE void MultiplyGrads(const Problem& p, const T* grad_y, const Vector16* weights, int stages,
+                                  int64_t first_pixel, int tap, int part, Shared<Accumulation<T>> grads) {
+  const int64_t parts = p.groups * CeilDiv(p.group_in, kChannels);
+  GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart(p, part).group);
+  const CopyPacked<kChannels> right{weights + (tap * parts + part) * stages * kChannels * kStageVectors};
+  Product<T, Tag, kChannels> product;
+  MultiplyStages<T, kChannels, false>(stages, left, right, product);
+  SyncThreads();
+  product.ForEach([&](int row, int column, const auto& values) {
+    for (int i = 0; i < decltype(product)::kRun; ++i) {
+      grads[row * kGradPitch<Accumulation<T>> + column + i] = values[i];
+    }
+  });
+}
+
+// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
+template <class T, class Tag>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
+    GradSamplesKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
+                      Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
+  using Real = Accumulation<T>;
+  using Located = LocatedSamples<Real>;
+  // Eight threads visit a pixel, each four channels at a time, so that a warp's accesses are of 128 bytes in a row.
+  constexpr int kPixelThreads = 8;
+  constexpr int kRoundPixels = kThreads / kPixelThreads;
+
+  const int thread = ThreadIndex();
+  const int tap = BlockIndex().x % p.taps;
+  const int64_t first_pixel = static_cast<int64_t>(BlockIndex().x / p.taps) * kRows;
+  const bool want_sums = grad_offset.data != nullptr || grad_mask.data != nullptr;
+  const int tiles = static_cast<int>(CeilDiv(p.group_in, kChannels));
+  const int64_t row_stride = int64_t{p.width} * p.c_in;
+  Located located(GradSamplesMemory<T>::kLocated);
+  const Shared<Real> grads = SharedMemory<Real>(0);
+
+  // Of gradient times corner value over the channels of a deform group so far: (corner, row). The first thread of a
+  // pixel keeps them, in shared memory, as it has no registers left during a product.
+  const Shared<Real> sums = SharedMemory<Real>(GradSamplesMemory<T>::kSums);
+  const bool keeps_sums = thread % kPixelThreads == 0;
+  const auto clear_sums = [&](int row) {
+    for (int k = 0; k < kCorners; ++k) sums[k * kRows + row] = Real(0);
+  };
+  for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) clear_sums(row);
+
+  // Channels [begin, end) lie in one deform group; `first` is that of column 0 of the product.
+  const auto visit = [&](int begin, int end, int first) {
+    for (int row = thread / kPixelThreads; row < kRows; row += kRoundPixels) {
+      const int flags = located.flags(row);
+      Real own[kCorners] = {};
+      const int64_t corner = located.corner(row) * p.c_in;
+      for (int c = begin + thread % kPixelThreads * 4; c < end && flags != 0; c += kPixelThreads * 4) {
+        Real grad[4];
+        for (int i = 0; i < 4; i += kVector<Real>) {
+          Real part[kVector<Real>];
+          Unpack<Real>(SharedCast<Vector16>(grads)[(row * kGradPitch<Real> + c - first + i) / kVector<Real>], part);
+          for (int j = 0; j < kVector<Real>; ++j) grad[i + j] = part[j];
+        }
+        for (int k = 0; k < kCorners; ++k) {
+          const int64_t at = corner + ((k & 1) * p.c_in + (k >> 1) * row_stride) + c;
+          const bool inside = (flags >> k & 1) != 0;
+          if (want_sums) {
+            Real value[4];
+            LoadChannels(inside ? samples.x + at : samples.zeros + c, value);
+            for (int i = 0; i < 4; ++i) own[k] += grad[i] * value[i];
+          }
+          if (grad_x != nullptr && inside) {
+            const Real weight = located.weight(k, row);
+            const Real add[4] = {grad[0] * weight, grad[1] * weight, grad[2] * weight, grad[3] * weight};
+            AtomicAdd4(grad_x + at, add);
+          }
+        }
+      }
+      if (want_sums) {
+        for (int k = 0; k < kCorners; ++k) {
+          for (int lanes = kPixelThreads / 2; lanes > 0; lanes /= 2) own[k] += ShuffleXor(own[k], lanes);
+          if (keeps_sums) sums[k * kRows + row] = sums[k * kRows + row] + own[k];
+        }
+      }
+    }
+  };
+
+  // Writes the gradients of a deform group's offset and mask, and begins the sums of the next.
+  const auto finish = [&](int deform_group) {
+    for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) {
+      if (first_pixel + row >= p.pixels) break;
+      // An invalid sample has no gradient, not even where grad_y is infinite.
+      const bool valid = (located.flags(row) & Located::kValid) != 0;
+      const Real ly = located.ly(row), lx = located.lx(row), mask = located.mask(row);
+      Real corners[kCorners];
+      for (int k = 0; k < kCorners; ++k) corners[k] = sums[k * kRows + row];
+      const int64_t i = ((first_pixel + row) * p.deform_groups + deform_group) * p.taps + tap;
+      if (grad_offset.data != nullptr) {
+        StoreElement(grad_offset, 2 * i, valid ? mask * DerivativeY(corners, lx) : Real(0));
+        StoreElement(grad_offset, 2 * i + 1, valid ? mask * DerivativeX(corners, ly) : Real(0));
+      }
+      if (grad_mask.data != nullptr) StoreElement(grad_mask, i, valid ? Interpolate(corners, ly, lx) : Real(0));
+      clear_sums(row);
+    }
+  };
+
+  int located_group = -1;
+#pragma unroll 1
+  for (int part = 0; part < p.groups * tiles; ++part) {
+    const int first = ChannelPart(p, part).first;
+    const int end = ChannelPart(p, part).end;
+    MultiplyGrads<T, Tag>(p, grad_y, weights, stages, first_pixel, tap, part, grads);
+    for (int begin = first; begin < end;) {
+      const int deform_group = begin / p.deform_in;
+      const int deform_end = (deform_group + 1) * p.deform_in;
+      const int run_end = deform_end < end ? deform_end : end;
+      if (deform_group != located_group) {
+        SyncThreads();
+        located.Locate(p, samples, first_pixel, p.pixels, tap, deform_group);
+        located_group = deform_group;
+      }
+      if (begin == first || deform_group * p.deform_in == begin) SyncThreads();
+      visit(begin, run_end, first);
+      if (run_end == deform_end && want_sums) finish(deform_group);
+      begin = run_end;
+    }
+    SyncThreads();
+  }
+}
+
+// grad_x alone, in the same order in every run: a block owns the channels of a part of an image, and each of its
+// threads a channel, to which it adds sample after sample. So few threads that wait for memory are slow, tens of times
+// slower than atomics.
+template <class T, class Tag>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
+    GradXInOrderKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
+                       Accumulation<T>* grad_x) {
+  using Real = Accumulation<T>;
+  const int parts = p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels));
+  const int part = BlockIndex().x % parts;
+  const int64_t first_pixel = BlockIndex().x / parts * p.image_out;
+  const int64_t end_pixel = first_pixel + p.image_out;
+  const ChannelPart channels(p, part);
+  const int channel = channels.first + ThreadIndex();
+  LocatedSamples<Real> located(GradSamplesMemory<T>::kLocated);
+  const Shared<Real> grads = SharedMemory<Real>(0);
+
+#pragma unroll 1
+  for (int64_t pixel = first_pixel; pixel < end_pixel; pixel += kRows) {
+#pragma unroll 1
+    for (int tap = 0; tap < p.taps; ++tap) {
+      MultiplyGrads<T, Tag>(p, grad_y, weights, stages, pixel, tap, part, grads);
+      for (int group = channels.first / p.deform_in; group * p.deform_in < channels.end; ++group) {
+        located.Locate(p, samples, pixel, end_pixel, tap, group);
+        SyncThreads();
+        if (channel < channels.end && channel / p.deform_in == group) {
+          for (int row = 0; row < kRows; ++row) {
+            const int flags = located.flags(row);
+            Real* corner = grad_x + located.corner(row) * p.c_in + channel;
+            for (int k = 0; k < kCorners; ++k) {
+              if ((flags >> k & 1) == 0) continue;
+              corner[(k & 1) * p.c_in + (k >> 1) * int64_t{p.width} * p.c_in] +=
+                  grads[row * kGradPitch<Real> + ThreadIndex()] * located.weight(k, row);
+            }
+          }
+        }
+        SyncThreads();
+      }
+    }
+  }
+}
+
+// --- gradient of the weight ---
+
+// How the blocks of GradWeight share the work; a function of the sizes alone, as it decides the order of the sums.
+struct WeightParts {
+  int columns, row_tiles, column_tiles;
+  int parts;
+  int64_t part_pixels;
+
+  int64_t blocks(const Problem& p) const { return int64_t{parts} * p.groups * row_tiles * column_tiles; }
+  // Elements of the sums of a part: (group, row, column), padded.
+  JAX_DCN_INLINE int64_t size(const Problem& p) const {
+    return int64_t{p.groups} * row_tiles * kRows * column_tiles * columns;
+  }
+};
+
+// The left operand, transposed: a stage is some pixels, each with kRows of the taps and channels of a group in a row.
+// A thread makes two vectors of the same pixel, for one tap, channel and deform group each in all stages.
+template <class T, class Tag>
+class SampleColumns {
+ public:
+  using Real = Accumulation<T>;
+
+  JAX_DCN_DEVICE SampleColumns(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int group,
+                               int first_row)
+      : p_(p), samples_(samples), end_(end), pixel_(p, first_pixel + ThreadIndex() / kPixelThreads) {
+    for (int i = 0; i < kOwn; ++i) {
+      const int row = first_row + Vector(i) * kVector<T>;
+      const int in_group = row % p.group_in;
+      tap_[i] = row / p.group_in;
+      channel_[i] = group * p.group_in + in_group;
+      deform_group_[i] = channel_[i] / p.deform_in;
+    }
+    same_ = tap_[0] == tap_[1] && deform_group_[0] == deform_group_[1];
+    LoadDisplacements();
+  }
+
+  JAX_DCN_DEVICE void Fetch() {
+    Corners<T> corners;
+    for (int i = 0; i < kOwn; ++i) {
+      if (i == 0 || !same_) corners.Locate(p_, samples_, pixel_, tap_[i], displacement_[i]);
+      vector_[i].Load(corners, channel_[i]);
+    }
+    pixel_.Advance(p_, kStage<T>);
+    LoadDisplacements();
+  }
+
+  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
+    for (int i = 0; i < kOwn; ++i) {
+      to[ThreadIndex() / kPixelThreads * kTransposedPitch<T, kRows> + Vector(i)] =
+          vector_[i].template Interpolate<Tag>();
+    }
+  }
+
+ private:
+  static constexpr int kOwn = 2;
+  static constexpr int kPixelThreads = kRows / kVector<T> / kOwn;
+  static_assert(kStage<T> * kPixelThreads == kThreads);
+
+  static JAX_DCN_DEVICE int Vector(int i) { return ThreadIndex() % kPixelThreads + i * kPixelThreads; }
+
+  JAX_DCN_DEVICE void LoadDisplacements() {
+    for (int i = 0; i < kOwn; ++i) {
+      if (i == 0 || !same_) displacement_[i].Load(p_, samples_, pixel_.index, end_, tap_[i], deform_group_[i]);
+    }
+  }
+
+  const Problem& p_;
+  const Samples<T>& samples_;
+  const int64_t end_;
+  OutputPixel pixel_;
+  int tap_[kOwn], channel_[kOwn], deform_group_[kOwn];
+  bool same_;  // the vectors share their samples
+  Displacement<Real> displacement_[kOwn];
+  SampleVector<T> vector_[kOwn];
+};
+
+template <class T, class Tag, int kColumns>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
+    GradWeightKernel(Problem p, Samples<T> samples, const T* grad_y, WeightParts parts, Accumulation<T>* sums) {
+  int block = BlockIndex().x;  // blocks of the same pixels run at the same time
+  const int column_tile = block % parts.column_tiles;
+  block /= parts.column_tiles;
+  const int row_tile = block % parts.row_tiles;
+  block /= parts.row_tiles;
+  const int group = block % p.groups;
+  const int part = block / p.groups;
+  const int64_t first_pixel = part * parts.part_pixels;
+  const int64_t end = first_pixel + parts.part_pixels < p.pixels ? first_pixel + parts.part_pixels : p.pixels;
+
+  const auto right = [&](int stage, Shared<Vector16> to) {
+    constexpr int kRowVectors = kColumns / kVector<T>;
+#pragma unroll
+    for (int own = 0; own < kStage<T> * kRowVectors / kThreads; ++own) {
+      const int i = ThreadIndex() + own * kThreads;
+      const int64_t pixel = first_pixel + int64_t{stage} * kStage<T> + i / kRowVectors;
+      const int out = column_tile * kColumns + i % kRowVectors * kVector<T>;
+      const bool there = pixel < end && out < p.padded_group_out;
+      const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + out : grad_y;
+      CopyAsync16(to + (i / kRowVectors * kTransposedPitch<T, kColumns> + i % kRowVectors), from, there);
+    }
+  };
+  SampleColumns<T, Tag> left(p, samples, first_pixel, end, group, row_tile * kRows);
+  Product<T, Tag, kColumns, true> product;
+  MultiplyStages<T, kColumns, true>(static_cast<int>(CeilDiv(end - first_pixel, kStage<T>)), left, right, product);
+
+  const int64_t row_size = int64_t{parts.column_tiles} * kColumns;
+  Accumulation<T>* to = sums + part * parts.size(p) + (int64_t{group} * parts.row_tiles + row_tile) * kRows * row_size +
+                        column_tile * kColumns;
+  product.ForEach(
+      [&](int row, int column, const auto& values) { StoreRun(to + row * row_size + column, values, true); });
+}
+
+// A thread adds up an element of the weight.
+template <class Real>
+JAX_DCN_GLOBAL void ReduceWeightKernel(Problem p, WeightParts parts, const Real* sums, Real* grad_weight) {
+  const int64_t i = GlobalThread();
+  const int group_in = p.group_in / p.padded_unit * p.unit;
+  const int c_out = p.groups * p.group_out;
+  if (i >= int64_t{p.taps} * group_in * c_out) return;
+  const int out = static_cast<int>(i % c_out);
+  const int channel = static_cast<int>(i / c_out % group_in);
+  const int tap = static_cast<int>(i / c_out / group_in);
+  const int row = tap * p.group_in + channel / p.unit * p.padded_unit + channel % p.unit;
+  const Real* from = sums +
+                     (int64_t{out / p.group_out} * parts.row_tiles * kRows + row) * parts.column_tiles * parts.columns +
+                     out % p.group_out;
+  Real sum = 0;
+  for (int part = 0; part < parts.parts; ++part) sum += from[part * parts.size(p)];
+  grad_weight[i] = sum;
+}
+
+// --- gradient of the bias ---
+
+inline constexpr int kBiasColumns = 32;
+inline constexpr int kBiasPixels = 512;  // of a block
+
+// A block sums a tile of columns of a part of grad_y, eight rows at a time.
+template <class T>
+JAX_DCN_GLOBAL void GradBiasKernel(int64_t pixels, int c_out, const T* grad_y, Accumulation<T>* sums) {
+  using Real = Accumulation<T>;
+  constexpr int kThreadRows = kThreads / kBiasColumns;
+  const Shared<Real> shared = SharedMemory<Real>(0);
+  const int tiles = static_cast<int>(CeilDiv(c_out, kBiasColumns));
+  const int part = BlockIndex().x / tiles;
+  const int column = BlockIndex().x % tiles * kBiasColumns + ThreadIndex() % kBiasColumns;
+  const int row = ThreadIndex() / kBiasColumns;
+  const int64_t first = int64_t{part} * kBiasPixels;
+  Real sum = 0;
+  if (column < c_out) {
+    for (int64_t i = first + row; i < first + kBiasPixels && i < pixels; i += kThreadRows) {
+      sum += ToReal(grad_y[i * c_out + column]);
+    }
+  }
+  shared[ThreadIndex()] = sum;
+  SyncThreads();
+  if (row == 0 && column < c_out) {
+    for (int i = 1; i < kThreadRows; ++i) sum += shared[i * kBiasColumns + ThreadIndex()];
+    sums[int64_t{part} * c_out + column] = sum;
+  }
+}
+
+template <class Real>
+JAX_DCN_GLOBAL void ReduceBiasKernel(int64_t parts, int c_out, const Real* sums, Real* grad_bias) {
+  const int64_t column = GlobalThread();
+  if (column >= c_out) return;
+  Real sum = 0;
+  for (int64_t part = 0; part < parts; ++part) sum += sums[part * c_out + column];
+  grad_bias[column] = sum;
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn

@@ -1,0 +1,86 @@
+"""The CUDA path from the public function to the kernels, with the kernels emulated: the tests of the operator itself,
+run on it in a process of their own.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import jax
+import pytest
+from processes import run_python
+
+TOP = Path(__file__).parents[2]
+
+# Small ones of each kind: results and gradients in both formats and all dtypes, vmap, unusable coordinates, no images.
+TESTS = {
+    "test_numbers.py": "native and (torchvision or no_images or one_pixel or unusable or precision)",
+    "test_gradients.py": "native and (torchvision or no_images or one_pixel or asked or wanted)",
+    "test_vmap.py": "native and mask",
+}
+
+
+@pytest.fixture(scope="module")
+def handlers(tmp_path_factory):
+    """The Python module of the CUDA handlers with the kernels for the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    module = tmp_path_factory.mktemp("handlers") / "_native_cuda.so"
+    includes = [jax.ffi.include_dir(), pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DJAX_DCN_CUDA_ON_CPU"]
+    command += [f"-I{TOP / 'tests/cuda'}", "-include", "stream_on_cpu.h"]
+    command += [f"-isystem{include}" for include in includes]
+    command += ["-xc++", *map(str, sorted((TOP / "csrc/cuda").glob("*.cu")))]
+    command += [str(TOP / "csrc/ffi" / name) for name in ("module_cuda.cc", "deform_conv2d_cuda.cc")]
+    command += [str(TOP / "tests/cuda/device_on_cpu.cc"), "-o", str(module), "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return module
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_operator_through_the_cuda_path(file, handlers):
+    environment = {**os.environ, "CUDA_HANDLERS_ON_CPU": str(handlers), "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
+    command = [Path(sys.executable).parent / "pytest", "-q", "-p", "handlers_on_cpu", "-p", "no:cacheprovider"]
+    command += [f"--rootdir={TOP}", TOP / "tests" / file, "-k", TESTS[file]]
+    done = subprocess.run(command, env=environment, cwd=handlers.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (calls,) = re.findall(r"CUDA handlers on the CPU: (\d+) calls lowered", done.stdout)
+    assert int(calls) >= 5
+
+
+CHANGES = {
+    "work space": "native.cuda_workspace = lambda *a, f=native.cuda_workspace: jax.ShapeDtypeStruct("
+    "(f(*a).shape[0] - 1,), 'uint8')",
+    "wrong shape": "native.attributes = lambda *a, f=native.attributes, **k: {**f(*a, **k), 'deform_groups': "
+    "np.int64(2)}",
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_the_handler_refuses(message, handlers):
+    code = f"""
+import handlers_on_cpu, jax, jax.numpy as jnp, jax_dcn, numpy as np
+from jax_dcn import native
+
+def call():
+    x, offset, weight = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 4, 4, 2)), jnp.ones((1, 1, 4, 4))
+    return jax.block_until_ready(jax.jit(lambda *a: jax_dcn.deform_conv2d(*a, data_format="NHWC"))(x, offset, weight))
+
+call()
+{CHANGES[message]}
+try:
+    call()
+except jax.errors.JaxRuntimeError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(code, CUDA_HANDLERS_ON_CPU=str(handlers), PYTHONPATH=path)
+    assert message in printed, printed
