@@ -174,7 +174,8 @@ def deform_conv2d_backward(
 
 def _deform_conv2d_backward_abstract(*operands, names, wanted, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    aval["bias"] = _reshaped(aval["weight"], (aval["weight"].shape[geometry.out_axis],), ())
+    weight, out = aval["weight"], geometry.out_axis
+    aval["bias"] = _reshaped(weight, (weight.shape[out],), (weight.sharding.spec[out],))
     return [aval[name].update(weak_type=False) for name in wanted]
 
 
