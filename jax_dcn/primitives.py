@@ -216,11 +216,12 @@ def _second_jvp(primitive, linear_in, xla, primals, tangents, *, names, implemen
         terms.append(_bind(primitive, linear, fixed, implementation=implementation, **params))
     others = {name: tangent for name, tangent in moving.items() if not linear_in(name)}
     if others:
-
-        def function(moved):
-            return xla(*(operands | moved).values(), names=names, **params)
-
-        terms.append(jax.jvp(function, ({name: operands[name] for name in others},), (others,))[1])
+        # These are plain operations, whose types need not say how what they compute is sharded.
+        function = _compat.automatically_sharded(
+            lambda operands: xla(*(operands[name] for name in names), names=names, **params), results
+        )
+        at = {name: operands[name] for name in others}
+        terms.append(jax.jvp(lambda moved: function(operands | moved), (at,), (others,))[1])
     return results, [sum(term[1:], term[0]) for term in zip(*terms, strict=True)]
 
 

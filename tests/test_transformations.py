@@ -98,6 +98,7 @@ HESSIAN_VECTOR_PRODUCTS = {
 
 
 @pytest.mark.parametrize("product", HESSIAN_VECTOR_PRODUCTS)
+@cases.implementations_and_formats
 def test_hessian_vector_product(implementation, data_format, product):
     forward_mode, hessian_vector_product = HESSIAN_VECTOR_PRODUCTS[product]
     f = loss(data_format, forward_mode=forward_mode)
@@ -118,6 +119,7 @@ def test_second_derivatives_of_one_operand(implementation, moving):
     assert_numerically_close(actual, {name: numeric_hvp(moving)[name] for name in actual})
 
 
+@cases.implementations_and_formats
 def test_hessian(implementation, data_format):
     """Forward over reverse mode, vmapped over all directions, of both operands and between them."""
     names = ("mask", "bias")
@@ -144,6 +146,7 @@ def test_jvp_and_linearize_in_forward_mode(implementation, data_format):
         assert_numerically_close(y_dot, numeric_jvp())
 
 
+@cases.implementations_and_formats
 def test_jacfwd_is_jacrev(implementation, data_format):
     operands = {name: OPERANDS[name] for name in ("weight", "mask")}
     forward, reverse = function(data_format, forward_mode=True), function(data_format)
@@ -157,6 +160,7 @@ def test_jacfwd_is_jacrev(implementation, data_format):
     assert_trees_close(*jacobians(operands))
 
 
+@cases.implementations_and_formats
 def test_reverse_mode_in_forward_mode(implementation, data_format):
     assert_trees_close(
         jax.jit(jax.grad(loss(data_format, forward_mode=True)))(OPERANDS),
@@ -212,6 +216,7 @@ def test_vmap_of_derivatives(implementation, mapped):
 
 
 @pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
+@cases.implementations_and_formats
 def test_checkpoint(implementation, data_format, policy):
     rematerialised = jax.checkpoint(loss(data_format), policy=getattr(jax.checkpoint_policies, policy))
     actual = jax.jit(jax.grad(rematerialised))(OPERANDS)
@@ -223,6 +228,7 @@ SCANNED = Case("scanned", size=(3, 4), c_out=4, groups=2)
 
 
 @pytest.mark.parametrize("forward_mode", [False, True])
+@cases.implementations_and_formats
 def test_scan(implementation, data_format, forward_mode):
     operands = SCANNED.operands()
     operands["offset"] += 1 / 2048
