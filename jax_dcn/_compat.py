@@ -1,13 +1,17 @@
 """What differs between jax 0.10 and 0.12, and every import from JAX's private modules."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
+from jax._src import dispatch, sharding_impls
 from jax._src.dispatch import apply_primitive as apply_primitive
 from jax.extend import core
+from jax.interpreters import mlir
 from jax.interpreters import partial_eval as pe
+from jax.sharding import AxisType
 
 
 def def_dce_rule(primitive: core.Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]) -> None:
@@ -16,6 +20,11 @@ def def_dce_rule(primitive: core.Primitive, rule: Callable[[list[bool], Any], tu
     jax 0.12 passes the live inputs between the two arguments.
     """
     pe.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
+
+
+def requires_devices_during_lowering(primitive: core.Primitive) -> None:
+    """Has the devices at hand when the primitive is lowered, as custom_partitioning wants."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def equally_varying(*operands: jax.Array | None) -> list[jax.Array | None]:
@@ -30,3 +39,25 @@ def equally_varying(*operands: jax.Array | None) -> list[jax.Array | None]:
         lax.pcast(a, axes, to="varying") if a is not None and axes else a
         for a, axes in zip(operands, missing, strict=True)
     ]
+
+
+def partitions(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether a program for several devices is lowered of which this is not yet one device's part."""
+    context = ctx.module_context.axis_context
+    return isinstance(context, sharding_impls.ShardingContext) and context.num_devices > 1
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Keeps an explicit mesh of the caller out of what is traced for one device, where jax 0.12 refuses a psum."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def automatically_sharded(function: Callable[..., Any], results: Sequence[jax.Array]) -> Callable[..., Any]:
+    """Has XLA choose the shardings inside of the function where the caller's mesh has explicit axes.
+
+    Its results are sharded as these.
+    """
+    shardings = [jax.typeof(result).sharding for result in results]
+    if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
+        return jax.sharding.auto_axes(function, out_sharding=[sharding.spec for sharding in shardings])
+    return function

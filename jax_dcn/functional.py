@@ -34,6 +34,7 @@ def deform_conv2d(
     mask: jax.Array | None = None,
     data_format: str = "NCHW",
     precision: lax.PrecisionLike = None,
+    forward_mode: bool = False,
 ) -> jax.Array:
     """Deformable convolution (DCNv1, Dai et al. 2017, https://arxiv.org/abs/1703.06211).
 
@@ -68,6 +69,8 @@ def deform_conv2d(
         the numbers nor the batch sizes allowed.
       mask: None, or a factor for every sample, of any of these dtypes, which makes it DCNv2.
       data_format: "NCHW" or "NHWC".
+      forward_mode: differentiates by JVP and transpose rules, so that `jax.jvp`, `jacfwd`, `linearize` and `hessian`
+        work, and reverse mode too. JAX refuses these of a custom_vjp function, which it is otherwise.
       precision: as in `jax.lax.conv_general_dilated`, and by default what `jax.default_matmul_precision` says. Unless
         it is "highest", the CUDA kernels multiply float32 as TF32, and the CPU's forward kernel bfloat16 with samples
         rounded to bfloat16 where the processor has AVX512-BF16.
@@ -86,6 +89,7 @@ def deform_conv2d(
         sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
         data_format=data_format,
         precision=precision,
+        forward_mode=forward_mode,
     )
 
 
@@ -103,6 +107,7 @@ def modulated_deform_conv2d(
     *,
     data_format: str = "NCHW",
     precision: lax.PrecisionLike = None,
+    forward_mode: bool = False,
 ) -> jax.Array:
     """Modulated deformable convolution (DCNv2, Zhu et al. 2018, https://arxiv.org/abs/1811.11168).
 
@@ -118,10 +123,11 @@ def modulated_deform_conv2d(
         sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
         data_format=data_format,
         precision=precision,
+        forward_mode=forward_mode,
     )
 
 
-def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precision) -> jax.Array:
+def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precision, forward_mode) -> jax.Array:
     """Checks the operands of the public function `name` before the call."""
     x, offset, weight = (
         _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
@@ -130,7 +136,10 @@ def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precisi
     bias = None if bias is None or (isinstance(bias, (bool, np.bool_)) and not bias) else _as_array(name, "bias", bias)
     geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
     call = _Call(geometry, to_precision(name, precision), _implementation())
-    return _deform_conv2d(call, *_compat.equally_varying(x, offset, mask, weight, bias))
+    operands = _compat.equally_varying(x, offset, mask, weight, bias)
+    if forward_mode:
+        return primitives.deform_conv2d(*operands, **vars(call))
+    return _deform_conv2d(call, *operands)
 
 
 def _as_array(name: str, argument: str, value: Any) -> jax.Array:
@@ -178,7 +187,9 @@ def _deform_conv2d_forward(call: _Call, x, offset, mask, weight, bias):
     operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
     x, offset, mask, weight, bias = (operand if operand is None else operand.value for operand in operands.values())
-    return _deform_conv2d(call, x, offset, mask, weight, bias), (x, offset, mask, weight, _Perturbed(perturbed))
+    # The primitive, unlike a custom_vjp function, has a JVP rule: a gradient can be differentiated in either mode.
+    y = primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(call))
+    return y, (x, offset, mask, weight, _Perturbed(perturbed))
 
 
 def _deform_conv2d_backward(call: _Call, residuals, grad_y):

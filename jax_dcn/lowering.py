@@ -21,8 +21,12 @@ from jax_dcn.geometry import Geometry
 # The gradients of the backward primitive, in the order of its results.
 GRADIENTS = ("x", "offset", "mask", "weight", "bias")
 
+# A tangent is called as its operand, and this.
+DOT = "_dot"
+
 
 def _to_nhwc(name: str, array: jax.Array, geometry: Geometry) -> jax.Array:
+    name = name.removesuffix(DOT)
     if geometry.data_format == "NHWC" or name == "bias":
         return array
     return jnp.transpose(array, (2, 3, 1, 0) if name == "weight" else (0, 2, 3, 1))
@@ -34,7 +38,7 @@ def _from_nhwc(name: str, array: jax.Array, geometry: Geometry) -> jax.Array:
     return jnp.transpose(array, (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2))
 
 
-def _deform_conv2d_xla(*operands, names, geometry, **params):
+def deform_conv2d_xla(*operands, names, geometry, **params):
     given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
     y = reference.deform_conv2d(
         *(given["x"], given["offset"], given.get("mask"), given["weight"], given.get("bias")),
@@ -63,7 +67,7 @@ def _y(given: dict[str, jax.Array], geometry: Geometry) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, given["weight"].shape), given["x"].dtype)
 
 
-def _deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
+def deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
     given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
     gradients = reference.deform_conv2d_backward(
         *(given["grad_y"], given["x"], given["offset"], given.get("mask"), given["weight"]),
@@ -91,6 +95,48 @@ def _deform_conv2d_backward_cuda(*operands, names, geometry, precision, wanted):
     *gradients, _ = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
     gradients = _rounded(gradients, given, wanted)
     return [_from_nhwc(name, gradient, geometry) for name, gradient in zip(wanted, gradients, strict=True)]
+
+
+def deform_conv2d_tangent_xla(*operands, names, geometry, **params):
+    given = {name: _to_nhwc(name, operand, geometry) for name, operand in zip(names, operands, strict=True)}
+    dots = {name.removesuffix(DOT): given.pop(name) for name in names if name.endswith(DOT)}
+
+    def forward(perturbed: dict[str, jax.Array]) -> jax.Array:
+        operands = given | perturbed
+        return reference.deform_conv2d(
+            *(operands["x"], operands["offset"], operands.get("mask"), operands["weight"], operands.get("bias")),
+            geometry=geometry,
+            **params,
+        )
+
+    # The result does not depend on the bias itself.
+    at = {name: given[name] if name in given else jnp.zeros_like(dot) for name, dot in dots.items()}
+    _, y_dot = jax.jvp(forward, (at,), (dots,))
+    return [_from_nhwc("y", y_dot, geometry)]
+
+
+def _deform_conv2d_tangent_by(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The tangent by the forward kernel, as far as the result is linear in what moves; by plain XLA for the rest."""
+
+    def rule(*operands, names, geometry, precision):
+        given = dict(zip(names, operands, strict=True))
+        primals = {name: operand for name, operand in given.items() if not name.endswith(DOT)}
+
+        def along(rule: Callable[..., Any], operands: dict[str, jax.Array]) -> jax.Array:
+            (y_dot,) = rule(*operands.values(), names=tuple(operands), geometry=geometry, precision=precision)
+            return y_dot
+
+        terms = []
+        if "x_dot" in given:
+            terms.append(along(kernel, {**primals, "x": given["x_dot"]}))
+        if "weight_dot" in given:
+            terms.append(along(kernel, {**primals, "weight": given["weight_dot"]}))
+        rest = {name: given[name] for name in ("offset_dot", "mask_dot", "bias_dot") if name in given}
+        if rest:
+            terms.append(along(deform_conv2d_tangent_xla, {**primals, **rest}))
+        return [sum(terms[1:], terms[0])]
+
+    return rule
 
 
 def _flags(wanted: tuple[str, ...]) -> dict[str, bool]:
@@ -179,8 +225,12 @@ def _available(**kernels: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {platform: kernel for platform, kernel in kernels.items() if missing[platform] is None}
 
 
-DEFORM_CONV2D = _lowerings(_deform_conv2d_xla, _available(cpu=_deform_conv2d_cpu, cuda=_deform_conv2d_cuda))
+DEFORM_CONV2D = _lowerings(deform_conv2d_xla, _available(cpu=_deform_conv2d_cpu, cuda=_deform_conv2d_cuda))
+DEFORM_CONV2D_TANGENT = _lowerings(
+    deform_conv2d_tangent_xla,
+    _available(cpu=_deform_conv2d_tangent_by(_deform_conv2d_cpu), cuda=_deform_conv2d_tangent_by(_deform_conv2d_cuda)),
+)
 DEFORM_CONV2D_BACKWARD = _lowerings(
-    _deform_conv2d_backward_xla,
+    deform_conv2d_backward_xla,
     _available(cpu=_deform_conv2d_backward_cpu, cuda=_deform_conv2d_backward_cuda),
 )

@@ -1,8 +1,9 @@
-"""The two primitives and their rules, on operands that `geometry.check_operands` passed.
+"""The primitives and their rules, on operands that `geometry.check_operands` passed.
 
-`deform_conv2d_p` computes y, `deform_conv2d_backward_p` the gradients that its parameter `wanted` names. The mask
-and the bias are optional, so the parameter `names` says which operand is which. The other parameters are
-`geometry`, `precision` and `implementation`, "native" or "xla".
+`deform_conv2d_p` computes y, `deform_conv2d_tangent_p` how y moves with its operands, and `deform_conv2d_backward_p`
+the gradients that its parameter `wanted` names. The last two are linear, in the tangents and in grad_y, and each
+other's transpose. Some operands are optional, so the parameter `names` says which operand is which. The other
+parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_dcn import _compat, lowering
+from jax_dcn import _compat, lowering, partitioning
+from jax_dcn.lowering import DOT
 
 # --- batching: the mapped axis is merged with another one, so that one call serves all examples ---
 
 # Operands and gradients that have one entry per image.
-_PER_IMAGE = {"grad_y", "x", "offset", "mask"}
+_PER_IMAGE = {"grad_y", "x", "offset", "mask", "x_dot", "offset_dot", "mask_dot"}
 
 
 def _in_front(operand: jax.Array, axis: int | None, size: int) -> jax.Array:
@@ -66,7 +68,7 @@ def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[
     size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
     # Output channels for weight and bias, else the array's own channels.
     channel_axis = {name: geometry.channel_axis for name in (*_PER_IMAGE, "y")}
-    channel_axis |= {"weight": geometry.out_axis, "bias": 0}
+    channel_axis |= {"weight": geometry.out_axis, "weight_dot": geometry.out_axis, "bias": 0, "bias_dot": 0}
 
     if size == 0:
         example = [
@@ -123,7 +125,33 @@ def deform_conv2d(
 def _deform_conv2d_abstract(*operands, names, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
     shape = geometry.y_shape(aval["offset"].shape, aval["weight"].shape)
-    return [_reshaped(aval["x"], shape, aval["x"].sharding.spec[:1])]
+    spec = [None] * 4
+    spec[0] = aval["x"].sharding.spec[0]
+    spec[geometry.channel_axis] = aval["weight"].sharding.spec[geometry.out_axis]
+    return [_reshaped(aval["x"], shape, spec)]
+
+
+def _deform_conv2d_jvp(primals, tangents, *, names, **params):
+    (y,) = deform_conv2d_p.bind(*primals, names=names, **params)
+    operands = {name: primal for name, primal in zip(names, primals, strict=True) if name != "bias"}
+    (y_dot,) = _bind(deform_conv2d_tangent_p, operands, _dots(names, tangents), **params)
+    return [y], [y_dot]
+
+
+# --- deform_conv2d_tangent ---
+
+
+def _deform_conv2d_tangent_transpose(cotangents, *operands, names, **params):
+    given = dict(zip(names, operands, strict=True))
+    linear = {name: operand for name, operand in given.items() if ad.is_undefined_primal(operand)}
+    (grad_y,) = cotangents
+    if type(grad_y) is ad.Zero:
+        return [ad.Zero(operand.aval) if name in linear else None for name, operand in given.items()]
+    primals = {name: operand for name, operand in given.items() if not name.endswith(DOT)}
+    wanted = tuple(name for name in lowering.GRADIENTS if name + DOT in linear)
+    gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
+    gradients = dict(zip(wanted, gradients, strict=True))
+    return [gradients.get(name.removesuffix(DOT)) if name in linear else None for name in names]
 
 
 # --- deform_conv2d_backward ---
@@ -146,7 +174,8 @@ def deform_conv2d_backward(
 
 def _deform_conv2d_backward_abstract(*operands, names, wanted, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    aval["bias"] = _reshaped(aval["weight"], (aval["weight"].shape[geometry.out_axis],), ())
+    weight, out = aval["weight"], geometry.out_axis
+    aval["bias"] = _reshaped(weight, (weight.shape[out],), (weight.sharding.spec[out],))
     return [aval[name].update(weak_type=False) for name in wanted]
 
 
@@ -162,7 +191,51 @@ def _deform_conv2d_backward_dce(used: list[bool], equation):
     return [True] * len(equation.invars), equation
 
 
+def _deform_conv2d_backward_transpose(cotangents, *operands, names, wanted, **params):
+    given = dict(zip(names, operands, strict=True))
+    grad_y = given.pop("grad_y")
+    dots = _dots(wanted, cotangents)
+    if not dots:
+        return [ad.Zero(grad_y.aval), *[None] * len(given)]
+    (result,) = _bind(deform_conv2d_tangent_p, given, dots, **params)
+    return [result, *[None] * len(given)]
+
+
+# --- second derivatives ---
+
+
+def _second_jvp(primitive, linear_in, xla, primals, tangents, *, names, implementation, **params):
+    """The JVP rule of a primitive that is linear in some operands: by itself along these, by plain XLA along others."""
+    results = primitive.bind(*primals, names=names, implementation=implementation, **params)
+    operands = dict(zip(names, primals, strict=True))
+    moving = {name: t for name, t in zip(names, tangents, strict=True) if type(t) is not ad.Zero}
+    terms = []
+    linear = {name: tangent for name, tangent in moving.items() if linear_in(name)}
+    if linear:
+        fixed = {name: operand for name, operand in operands.items() if not linear_in(name)}
+        terms.append(_bind(primitive, linear, fixed, implementation=implementation, **params))
+    others = {name: tangent for name, tangent in moving.items() if not linear_in(name)}
+    if others:
+        # These are plain operations, whose types need not say how what they compute is sharded.
+        function = _compat.automatically_sharded(
+            lambda operands: xla(*(operands[name] for name in names), names=names, **params), results
+        )
+        at = {name: operands[name] for name in others}
+        terms.append(jax.jvp(lambda moved: function(operands | moved), (at,), (others,))[1])
+    return results, [sum(term[1:], term[0]) for term in zip(*terms, strict=True)]
+
+
 # --- registration ---
+
+
+def _bind(primitive: core.Primitive, *operands: dict[str, jax.Array], **params: Any) -> list[jax.Array]:
+    named = functools.reduce(dict.__or__, operands)
+    return primitive.bind(*named.values(), names=tuple(named), **params)
+
+
+def _dots(names: Sequence[str], tangents: Sequence[Any]) -> dict[str, jax.Array]:
+    """The tangents that are not zero, by their names."""
+    return {name + DOT: t for name, t in zip(names, tangents, strict=True) if type(t) is not ad.Zero}
 
 
 def _present(**operands: jax.Array | None) -> tuple[tuple[str, ...], list[jax.Array]]:
@@ -183,13 +256,26 @@ def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | No
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = functools.partial(_batcher, primitive)
     for platform, rule in lowerings.items():
-        mlir.register_lowering(primitive, mlir.lower_fun(rule, multiple_results=True), platform=platform)
+        mlir.register_lowering(primitive, partitioning.partitioned(primitive, rule), platform=platform)
+    _compat.requires_devices_during_lowering(primitive)
     return primitive
 
 
 deform_conv2d_p = _primitive("deform_conv2d", _deform_conv2d_abstract, lowering.DEFORM_CONV2D)
 
+ad.primitive_jvps[deform_conv2d_p] = _deform_conv2d_jvp
+
+deform_conv2d_tangent_p = _primitive("deform_conv2d_tangent", _deform_conv2d_abstract, lowering.DEFORM_CONV2D_TANGENT)
+ad.primitive_transposes[deform_conv2d_tangent_p] = _deform_conv2d_tangent_transpose
+ad.primitive_jvps[deform_conv2d_tangent_p] = functools.partial(
+    _second_jvp, deform_conv2d_tangent_p, lambda name: name.endswith(DOT), lowering.deform_conv2d_tangent_xla
+)
+
 deform_conv2d_backward_p = _primitive(
     "deform_conv2d_backward", _deform_conv2d_backward_abstract, lowering.DEFORM_CONV2D_BACKWARD
 )
 _compat.def_dce_rule(deform_conv2d_backward_p, _deform_conv2d_backward_dce)
+ad.primitive_transposes[deform_conv2d_backward_p] = _deform_conv2d_backward_transpose
+ad.primitive_jvps[deform_conv2d_backward_p] = functools.partial(
+    _second_jvp, deform_conv2d_backward_p, lambda name: name == "grad_y", lowering.deform_conv2d_backward_xla
+)

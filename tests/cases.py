@@ -21,6 +21,12 @@ implementations_dtypes_and_formats = pytest.mark.parametrize(
     indirect=["implementation"],
 )
 
+implementations_and_formats = pytest.mark.parametrize(
+    ("implementation", "data_format"),
+    [("native", "NCHW"), ("native", "NHWC"), ("xla", "NCHW")],
+    indirect=["implementation"],
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

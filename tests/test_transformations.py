@@ -1,124 +1,317 @@
-"""What the operator promises under JAX's transformations, apart from vmap and first gradients."""
+"""The operator under JAX's transformations, on one device. `test_vmap` has vmap, `test_devices` meshes."""
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from cases import Case
+from jax import export
 from processes import run_python
 from tolerances import assert_close
 
-import jax_dcn
+# Small, for what takes the time is to compile, but with groups of both kinds.
+CASE = Case("small", c_in=4, c_out=4, size=(3, 4), kernel=(2, 2), padding=(1, 0), groups=2, deform_groups=2)
 
-CASE = Case("small", c_in=4, c_out=4, size=(5, 6), groups=2, mask=True, bias=True)
-
-
-def loss(operands):
-    return (jax_dcn.deform_conv2d(**operands, **CASE.arguments) ** 2).sum()
+PER_IMAGE = ("x", "offset", "mask")
+PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 
 
-@pytest.fixture
-def operands(implementation):
-    return {name: jnp.asarray(value) for name, value in CASE.operands("float64").items()}
+def smooth_operands(seed=0):
+    """Operands whose samples are all off the lattice lines, where the operator has a kink."""
+    operands = CASE.operands(seed=seed)
+    operands["offset"] += 1 / 2048
+    return operands
 
 
-def assert_equal_gradients(actual, expected):
-    jax.tree.map(functools.partial(assert_close), actual, expected)
+OPERANDS = smooth_operands()
+TANGENTS = {name: np.random.default_rng(5).standard_normal(value.shape) for name, value in OPERANDS.items()}
 
 
-def test_checkpoint(operands):
-    expected = jax.jit(jax.grad(lambda operands: loss(operands)))(operands)
-    policy = jax.checkpoint_policies.dots_saveable
-    rematerialised = jax.checkpoint(lambda operands: loss(operands), policy=policy)
-    assert_equal_gradients(jax.jit(jax.grad(rematerialised))(operands), expected)
+def function(data_format="NCHW", **arguments):
+    return cases.deform_conv2d(CASE, data_format, **arguments)
 
 
-def test_scan(operands):
-    def step(x, _):
-        return jax_dcn.deform_conv2d(**{**operands, "x": x}, **CASE.arguments), None
-
-    def scanned(x):
-        return jax.lax.scan(step, x, None, length=3)[0].sum()
-
-    def unrolled(x):
-        return step(step(step(x, None)[0], None)[0], None)[0].sum()
-
-    assert_close(jax.jit(jax.grad(scanned))(operands["x"]), jax.jit(jax.grad(unrolled))(operands["x"]))
+def loss(data_format="NCHW", **arguments):
+    """A fresh scalar function of the operands with derivatives of every order."""
+    f = function(data_format, **arguments)
+    return lambda operands: jnp.sin(f(operands)).sum()
 
 
-def test_disable_jit_and_debug_nans(operands):
-    expected = jax.jit(jax.grad(lambda operands: loss(operands)))(operands)
-    with jax.disable_jit(), jax.debug_nans(True):
-        assert_equal_gradients(jax.grad(lambda operands: loss(operands))(operands), expected)
+def by_definition(operands):
+    return oracle.deform_conv2d(**operands, **CASE.arguments)
 
 
-def test_eval_shape(operands):
-    y = jax.eval_shape(lambda operands: jax_dcn.deform_conv2d(**operands, **CASE.arguments), operands)
-    assert (y.shape, y.dtype) == ((CASE.batch, CASE.c_out, *CASE.output_size), jnp.float64)
+def gradient_by_definition(operands):
+    cotangent = np.cos(by_definition(operands))
+    return oracle.deform_conv2d_backward(cotangent, **operands, **CASE.arguments)
 
 
-def test_export_with_a_symbolic_batch_for_all_platforms(operands):
-    (n,) = jax.export.symbolic_shape("n")
-    shapes = {
-        name: jax.ShapeDtypeStruct((n, *value.shape[1:]) if name in ("x", "offset", "mask") else value.shape, "float64")
-        for name, value in operands.items()
-    }
-    exported = jax.export.export(
-        jax.jit(lambda operands: jax_dcn.deform_conv2d(**operands, **CASE.arguments)),
-        platforms=("cpu", "cuda", "tpu", "rocm"),
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_dcn_deform_conv2d")],
-    )(shapes)
-    expected = jax_dcn.deform_conv2d(**operands, **CASE.arguments)
-    assert_close(exported.call(operands), expected)
-
-
-def test_forward_mode_is_refused(operands):
-    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
-        jax.jvp(lambda operands: loss(operands), (operands,), (operands,))
-
-
-def test_second_order_is_refused(operands):
-    with pytest.raises(NotImplementedError, match="Differentiation rule for 'deform_conv2d_backward'"):
-        jax.grad(lambda x: jax.grad(lambda x: loss({**operands, "x": x}))(x).sum())(operands["x"])
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_over_the_batch(check_vma):
-    """A replicated weight's gradient must be summed over the shards, whoever takes the gradient.
-
-    With the check off nothing sums inside of shard_map, so there only the gradient from outside counts.
-    """
-    printed = run_python(
-        """
-import jax, jax.numpy as jnp, numpy as np, jax_dcn
-from jax.sharding import Mesh, PartitionSpec as P
-
-rng = np.random.default_rng(0)
-draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
-operands = dict(x=draw(4, 6, 5, 6), offset=draw(4, 18, 5, 6), mask=draw(4, 9, 5, 6), weight=draw(4, 6, 3, 3),
-                bias=draw(4))
-specs = {name: P() if name in ("weight", "bias") else P("i") for name in operands}
-mesh = Mesh(np.array(jax.devices()), ("i",))
-function = lambda operands: jax_dcn.deform_conv2d(**operands, padding=1)
-loss = lambda operands: (function(operands) ** 2).sum()
-expected = jax.jit(jax.grad(loss))(operands)
-
-def shard_map(f, out_specs):
-    return jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=CHECK)
-
-outside = jax.jit(jax.grad(lambda operands: (shard_map(function, P("i"))(operands) ** 2).sum()))(operands)
-results = [outside]
-if CHECK:
-    results.append(jax.jit(shard_map(jax.grad(loss), specs))(operands))
-for result in results:
-    for name in operands:
-        print(name, float(jnp.abs(result[name] - expected[name]).max() / jnp.abs(expected[name]).max()))
-""".replace("CHECK", str(check_vma)),
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+def numeric_derivative(f, moving):
+    """How f, of numpy arrays, changes when the operands in `moving` move along TANGENTS, by a central difference."""
+    step = 1e-5
+    there, back = (
+        f({name: value + sign * step * TANGENTS[name] * (name in moving) for name, value in OPERANDS.items()})
+        for sign in (1, -1)
     )
-    errors = [(line.split()[0], float(line.split()[1])) for line in printed.splitlines()]
-    assert len(errors) == (10 if check_vma else 5)
-    for name, error in errors:
-        assert_close(np.asarray(error), np.asarray(0.0), "float32", err_msg=name)
+    return jax.tree.map(lambda a, b: (a - b) / (2 * step), there, back)
+
+
+@functools.cache
+def numeric_jvp():
+    return numeric_derivative(by_definition, set(OPERANDS))
+
+
+@functools.cache
+def numeric_hvp(moving=tuple(OPERANDS)):
+    """The Hessian of `loss` times TANGENTS of the operands in `moving`."""
+    return numeric_derivative(gradient_by_definition, set(moving))
+
+
+def assert_numerically_close(actual, expected):
+    """A central difference in float64 has about 9 digits."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-7 * np.abs(e).max())
+
+
+def assert_trees_close(actual, expected):
+    jax.tree.map(assert_close, actual, expected)
+
+
+def dot(a, b):
+    return sum(jnp.vdot(a[name], b[name]) for name in a)
+
+
+# --- second order ---
+
+# The Hessian times a vector, in every order of the two modes that the default allows, and those of forward_mode.
+HESSIAN_VECTOR_PRODUCTS = {
+    "jvp_of_grad": (False, lambda f, at, t: jax.jvp(jax.grad(f), (at,), (t,))[1]),
+    "grad_of_grad": (False, lambda f, at, t: jax.grad(lambda at: dot(jax.grad(f)(at), t))(at)),
+    "linearize_of_grad": (False, lambda f, at, t: jax.linearize(jax.grad(f), at)[1](t)),
+    "grad_of_jvp": (True, lambda f, at, t: jax.grad(lambda at: jax.jvp(f, (at,), (t,))[1])(at)),
+    "jvp_of_grad_in_forward_mode": (True, lambda f, at, t: jax.jvp(jax.grad(f), (at,), (t,))[1]),
+}
+
+
+@pytest.mark.parametrize("product", HESSIAN_VECTOR_PRODUCTS)
+@cases.implementations_and_formats
+def test_hessian_vector_product(implementation, data_format, product):
+    forward_mode, hessian_vector_product = HESSIAN_VECTOR_PRODUCTS[product]
+    f = loss(data_format, forward_mode=forward_mode)
+    actual = jax.jit(functools.partial(hessian_vector_product, f))(OPERANDS, TANGENTS)
+    assert_numerically_close(actual, {name: numeric_hvp()[name] for name in actual})
+
+
+@pytest.mark.parametrize("moving", [("x",), ("offset",), ("mask",), ("weight",), ("bias",)], ids="-".join)
+def test_second_derivatives_of_one_operand(implementation, moving):
+    """Which rule applies depends on what moves: an operand, the cotangent, or both."""
+    f = loss()
+
+    def gradient(moved):
+        return jax.grad(f)(OPERANDS | moved)
+
+    at, along = ({name: values[name] for name in moving} for values in (OPERANDS, TANGENTS))
+    actual = jax.jit(lambda at, along: jax.jvp(gradient, (at,), (along,))[1])(at, along)
+    assert_numerically_close(actual, {name: numeric_hvp(moving)[name] for name in actual})
+
+
+@cases.implementations_and_formats
+def test_hessian(implementation, data_format):
+    """Forward over reverse mode, vmapped over all directions, of both operands and between them."""
+    names = ("mask", "bias")
+    f = loss(data_format, forward_mode=True)
+    hessian = jax.jit(jax.hessian(lambda moved: f(OPERANDS | moved)))({name: OPERANDS[name] for name in names})
+    for row in names:
+        actual = sum(np.tensordot(hessian[row][column], TANGENTS[column], TANGENTS[column].ndim) for column in names)
+        assert_numerically_close(actual, numeric_hvp(names)[row])
+
+
+# --- forward mode ---
+
+
+def test_jvp_and_linearize_in_forward_mode(implementation, data_format):
+    f = function(data_format, forward_mode=True)
+
+    @jax.jit
+    def derivatives(operands, tangents):
+        y, linear = jax.linearize(f, operands)
+        return jax.jvp(f, (operands,), (tangents,)), (y, linear(tangents))
+
+    for y, y_dot in derivatives(OPERANDS, TANGENTS):
+        assert_close(y, by_definition(OPERANDS))
+        assert_numerically_close(y_dot, numeric_jvp())
+
+
+@cases.implementations_and_formats
+def test_jacfwd_is_jacrev(implementation, data_format):
+    operands = {name: OPERANDS[name] for name in ("weight", "mask")}
+    forward, reverse = function(data_format, forward_mode=True), function(data_format)
+
+    @jax.jit
+    def jacobians(moved):
+        return jax.jacfwd(lambda moved: forward(OPERANDS | moved))(moved), jax.jacrev(
+            lambda moved: reverse(OPERANDS | moved)
+        )(moved)
+
+    assert_trees_close(*jacobians(operands))
+
+
+@cases.implementations_and_formats
+def test_reverse_mode_in_forward_mode(implementation, data_format):
+    assert_trees_close(
+        jax.jit(jax.grad(loss(data_format, forward_mode=True)))(OPERANDS),
+        {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS},
+    )
+
+
+def test_forward_mode_is_refused_without_it(implementation):
+    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
+        jax.jvp(loss(), (OPERANDS,), (TANGENTS,))
+
+
+# --- vmap of derivatives ---
+
+EXAMPLES = [smooth_operands(seed) for seed in range(2)]
+
+# Images only, which become more images; weights only; and all of it.
+MAPPED = (PER_IMAGE, ("weight", "bias"), tuple(OPERANDS))
+
+
+@pytest.mark.parametrize("mapped", MAPPED, ids="-".join)
+def test_vmap_of_derivatives(implementation, mapped):
+    """Of jvp, which jvp of vmap equals, and of the Hessian times a vector."""
+    f, g = function(forward_mode=True), loss()
+    in_axes = {name: 0 if name in mapped else None for name in OPERANDS}
+    stacked = {
+        name: np.stack([example[name] for example in EXAMPLES]) if name in mapped else OPERANDS[name]
+        for name in OPERANDS
+    }
+    tangents = {name: np.stack([value, 2 * value]) if name in mapped else value for name, value in TANGENTS.items()}
+
+    def along(operands, tangents):
+        return jax.jvp(f, (operands,), (tangents,))[1], jax.jvp(jax.grad(g), (operands,), (tangents,))[1]
+
+    @jax.jit
+    def derivatives(operands, tangents):
+        vmapped = jax.vmap(along, (in_axes, in_axes))(operands, tangents)
+        return *vmapped, jax.jvp(jax.vmap(f, (in_axes,)), (operands,), (tangents,))[1]
+
+    vmap_of_jvp, vmap_of_hvp, jvp_of_vmap = derivatives(stacked, tangents)
+    assert_close(jvp_of_vmap, vmap_of_jvp)
+    one = jax.jit(along)
+    for i, example in enumerate(EXAMPLES):
+        y_dot, hvp = one(
+            {name: example[name] if name in mapped else OPERANDS[name] for name in OPERANDS},
+            {name: tangents[name][i] if name in mapped else TANGENTS[name] for name in OPERANDS},
+        )
+        assert_close(vmap_of_jvp[i], y_dot)
+        assert_trees_close(jax.tree.map(lambda product, i=i: product[i], vmap_of_hvp), hvp)
+
+
+# --- control flow, checkpoints, debugging ---
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
+@cases.implementations_and_formats
+def test_checkpoint(implementation, data_format, policy):
+    rematerialised = jax.checkpoint(loss(data_format), policy=getattr(jax.checkpoint_policies, policy))
+    actual = jax.jit(jax.grad(rematerialised))(OPERANDS)
+    assert_trees_close(actual, {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS})
+
+
+# Its result has x's shape, to be the next step's x.
+SCANNED = Case("scanned", size=(3, 4), c_out=4, groups=2)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+@cases.implementations_and_formats
+def test_scan(implementation, data_format, forward_mode):
+    operands = SCANNED.operands()
+    operands["offset"] += 1 / 2048
+    f = cases.deform_conv2d(SCANNED, data_format, forward_mode=forward_mode)
+
+    def step(x, weight):
+        return f({**operands, "x": x, "weight": weight}), None
+
+    def scanned(weights):
+        return jnp.sin(jax.lax.scan(step, operands["x"], weights)[0]).sum()
+
+    def unrolled(weights):
+        return jnp.sin(step(step(operands["x"], weights[0])[0], weights[1])[0]).sum()
+
+    weights = np.stack([operands["weight"], 2 * operands["weight"]])
+
+    def derivatives(f, weights):
+        gradient, second = jax.jvp(jax.grad(f), (weights,), (jnp.ones_like(weights),))
+        return gradient, second, jax.jvp(f, (weights,), (weights,)) if forward_mode else None
+
+    assert_trees_close(*(jax.jit(functools.partial(derivatives, f))(weights) for f in (scanned, unrolled)))
+
+
+def test_disable_jit_and_debug_nans(implementation, data_format):
+    f = loss(data_format)
+    with jax.disable_jit(), jax.debug_nans(True):
+        actual = jax.grad(f)(OPERANDS)
+    assert_trees_close(actual, {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS})
+
+
+def test_debug_nans_finds_one(implementation):
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jax.jit(function())(OPERANDS | {"bias": np.full_like(OPERANDS["bias"], np.nan)})
+
+
+def test_eval_shape(implementation, data_format):
+    y, gradient, product = jax.eval_shape(
+        lambda operands, tangents: (
+            function(data_format)(operands),
+            *jax.jvp(jax.grad(loss(data_format)), (operands,), (tangents,)),
+        ),
+        OPERANDS,
+        TANGENTS,
+    )
+    assert (y.shape, y.dtype) == ((CASE.batch, CASE.c_out, *CASE.output_size), jnp.float64)
+    for name, operand in OPERANDS.items():
+        assert gradient[name].shape == product[name].shape == operand.shape
+
+
+# --- export ---
+
+
+def test_export_for_all_platforms_runs_in_another_process(implementation, data_format, tmp_path):
+    """The result and, by the VJP that the artefact carries, the gradients, for a batch that was not exported."""
+    (n,) = export.symbolic_shape("n")
+    shapes = {
+        name: jax.ShapeDtypeStruct((n, *value.shape[1:]) if name in PER_IMAGE else value.shape, value.dtype)
+        for name, value in OPERANDS.items()
+    }
+    targets = ("jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward")
+    exported = export.export(
+        jax.jit(function(data_format)),
+        platforms=PLATFORMS,
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(target) for target in targets],
+    )(shapes)
+    assert (targets[0] in exported.mlir_module()) == (implementation == "native")
+    (tmp_path / "exported").write_bytes(exported.serialize(vjp_order=1))
+
+    repeated = {name: np.concatenate([value] * 3) if name in PER_IMAGE else value for name, value in OPERANDS.items()}
+    np.savez(tmp_path / "operands.npz", **repeated)
+    run_python(
+        f"""
+import jax, numpy as np, jax_dcn
+jax.config.update("jax_enable_x64", True)
+exported = jax.export.deserialize(bytearray(open({str(tmp_path / "exported")!r}, "rb").read()))
+assert exported.platforms == {PLATFORMS}
+operands = dict(np.load({str(tmp_path / "operands.npz")!r}))
+y, vjp = jax.vjp(exported.call, operands)
+np.savez({str(tmp_path / "results.npz")!r}, y=y, **vjp(jax.numpy.cos(y))[0])
+"""
+    )
+    results = np.load(tmp_path / "results.npz")
+    assert_close(results["y"], by_definition(repeated))
+    expected = gradient_by_definition(repeated)
+    for name in OPERANDS:
+        assert_close(results[name], expected[name], err_msg=name)
