@@ -92,7 +92,7 @@ def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> N
       ValueError: another suffix.
     """
     path = Path(path)
-    arrays = {key: np.ascontiguousarray(_to_numpy(key, value)) for key, value in state_dict.items()}
+    arrays = {key: _to_numpy(key, value) for key, value in state_dict.items()}
     if path.suffix == ".safetensors":
         _import("safetensors", path).numpy.save_file(arrays, path)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -165,8 +165,8 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
         if str(value.dtype) == "torch.bfloat16":  # numpy has none of its own
             import torch
 
-            return np.array(value.view(torch.int16)).view(jnp.bfloat16)
-    return np.array(value)
+            return np.array(value.view(torch.int16), order="C").view(jnp.bfloat16)
+    return np.array(value, order="C")
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
@@ -189,4 +189,4 @@ def _import(package: str, path: Path) -> Any:
 
 
 def _unknown_suffix(path: Path) -> str:
-    return f"{path} must end in {', '.join(_TORCH_SUFFIXES)} or .safetensors"
+    return f"{path.name} must end in {', '.join(_TORCH_SUFFIXES)} or .safetensors"

@@ -264,7 +264,7 @@ def _to_flax(leaf: str, array: np.ndarray) -> np.ndarray:
 
 def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
     moved = np.moveaxis(array, (-1, -2), (0, 1)) if leaf == "kernel" and array.ndim > 1 else array
-    return np.ascontiguousarray(moved) if moved.ndim else moved
+    return np.array(moved, order="C")
 
 
 def _torch_shape(entry: _Entry) -> tuple[int, ...]:
