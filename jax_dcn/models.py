@@ -259,8 +259,8 @@ class ResNet(nnx.Module):
           x: images (N, in_channels, H, W), or (N, H, W, in_channels) for NHWC, of a floating-point dtype.
 
         Returns:
-          For every stage i of out_indices a map (N, base_channels * 2**(i + 2), H_i, W_i), or with the channels last for
-          NHWC. H_i is about H / 2**(i + 2).
+          For every stage i of out_indices a map (N, base_channels * 2**(i + 2), H_i, W_i), or with the channels last
+          for NHWC. H_i is about H / 2**(i + 2).
 
         Raises:
           ValueError: x of another rank or number of channels.
@@ -366,8 +366,8 @@ class FPN(nnx.Module):
           inputs: maps (N, in_channels[i], H_i, W_i), or (N, H_i, W_i, in_channels[i]) for NHWC.
 
         Returns:
-          num_outs maps (N, out_channels, H, W), or with the channels last for NHWC: the first of the sizes of the inputs
-          used, then each of half the size before.
+          num_outs maps (N, out_channels, H, W), or with the channels last for NHWC: the first of the sizes of the
+          inputs used, then each of half the size before.
 
         Raises:
           ValueError: another number of inputs.

@@ -133,18 +133,18 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 
 def test_optional_packages_are_imported_only_when_used(tmp_path):
-    run_python(f"""
+    run_python("""
 import sys
 for name in "torch", "safetensors", "flax", "tqdm":
     sys.modules[name] = None
 import numpy as np
 from jax_dcn import mmcv
-assert mmcv.convert_state_dict({{"a.weight": np.ones((2, 3))}})["a"]["kernel"].shape == (3, 2)
+assert mmcv.convert_state_dict({"a.weight": np.ones((2, 3))})["a"]["kernel"].shape == (3, 2)
 for file, package in ("a.pth", "torch"), ("a.safetensors", "safetensors"):
     try:
         mmcv.load_checkpoint(file)
     except ImportError as error:
-        assert str(error) == f"{{file}} needs {{package}}: pip install {{package}}", error
+        assert str(error) == f"{file} needs {package}: pip install {package}", error
     else:
         raise AssertionError(file)
 """)

@@ -206,7 +206,7 @@ def test_wrong_arguments(options, message):
 
 
 def test_dcn_of_the_wrong_type():
-    with pytest.raises(TypeError, match="^ResNet: dcn must be a dict, got str"):
+    with pytest.raises(TypeError, match=r"^ResNet: dcn must be a dict, got str"):
         abstract(build, SMALL, dcn="DCNv2")
 
 
@@ -235,7 +235,7 @@ def test_wrong_arguments_of_the_pyramid(options, message):
 
 
 def test_wrong_number_of_maps():
-    with pytest.raises(ValueError, match="^FPN: got 1 inputs, expected 2"):
+    with pytest.raises(ValueError, match=r"^FPN: got 1 inputs, expected 2"):
         FPN([8, 8], 4, 2, rngs=nnx.Rngs(0))([jnp.zeros((1, 8, 4, 4))])
 
 

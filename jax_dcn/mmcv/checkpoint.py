@@ -17,8 +17,8 @@ from jax_dcn.mmcv.rules import apply_rules
 
 _LOG = logging.getLogger("jax_dcn.mmcv")
 
-# Under these names a checkpoint holds its state dict: mmcv's; BasicSR's, whose smoothed weights are the better ones; and
-# many others'.
+# Under these names a checkpoint holds its state dict: mmcv's; BasicSR's, of which the smoothed is the better; and many
+# others'.
 _WRAPPERS = ("state_dict", "params_ema", "params", "model")
 
 _TORCH_SUFFIXES = (".pth", ".pt")
@@ -48,12 +48,12 @@ def load_checkpoint(
 
     A `.pth` is read with weights only: no code in it runs, and objects other than arrays (training states, say) come
     back empty. The state dict is unwrapped (`state_dict`, or BasicSR's `params_ema` and `params`, or `model`), the
-    prefix stripped, and the rules of `jax_dcn.mmcv.rules` applied. Which of them fired is in the result's `renamed`, and
-    in the log "jax_dcn.mmcv" at level INFO.
+    prefix stripped, and the rules of `jax_dcn.mmcv.rules` applied. Which of them fired is in the result's `renamed`,
+    and in the log "jax_dcn.mmcv" at level INFO.
 
     Args:
-      source: a file `.pth`, `.pt` (needs torch) or `.safetensors` (needs safetensors), or a mapping from names to arrays
-        of numpy, JAX or torch, itself perhaps wrapped.
+      source: a file `.pth`, `.pt` (needs torch) or `.safetensors` (needs safetensors), or a mapping from names to
+        arrays of numpy, JAX or torch, itself perhaps wrapped.
       prefix: such as "backbone.": only the names below it are kept, without it. The last dot may be left out.
       progress: called with the bytes of each array once it is read.
 
@@ -127,7 +127,7 @@ def _open(path: Path, files: contextlib.ExitStack) -> Any:
     """What the file holds, the arrays not yet read where the format allows: tensors in mapped memory, or functions."""
     if path.suffix == ".safetensors":
         file = files.enter_context(_import("safetensors", path).safe_open(path, framework="np"))
-        return {key: lambda key=key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        return {key: lambda key=key: file.get_tensor(key) for key in file.keys()}
     if path.suffix in _TORCH_SUFFIXES:
         return _open_torch(path)
     raise ValueError(_unknown_suffix(path))
@@ -165,7 +165,8 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
         if str(value.dtype) == "torch.bfloat16":  # numpy has none of its own
             import torch
 
-            return np.array(value.view(torch.int16), order="C").view(jnp.bfloat16)
+            return np.array(value.view(torch.int16).numpy(), order="C").view(jnp.bfloat16)
+        value = value.numpy()
     return np.array(value, order="C")
 
 

@@ -1,11 +1,11 @@
 """Layouts: a state dict becomes Flax's parameters, and the other way round.
 
-    mmcv, PyTorch                            Flax
-    weight (C_out, C_in/groups, kh, kw)      kernel (kh, kw, C_in/groups, C_out)
-    weight (C_out, C_in)                     kernel (C_in, C_out)
-    weight (C,) of a norm                    scale (C,)
-    running_mean, running_var                mean, var
-    bias, and every other name               the same
+mmcv, PyTorch                            Flax
+weight (C_out, C_in/groups, kh, kw)      kernel (kh, kw, C_in/groups, C_out)
+weight (C_out, C_in)                     kernel (C_in, C_out)
+weight (C,) of a norm                    scale (C,)
+running_mean, running_var                mean, var
+bias, and every other name               the same
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[
 
     The result has the form of `nnx.to_pure_dict`, with the numbers of a list as strings ("layer2", "0", ...), and for
     a model without batch normalisation that of linen's "params" too. It is made from the arrays alone, so a `weight`
-    of two or more axes counts as a kernel (an embedding's does not come out right, nor does a transposed convolution's),
-    and one of a single axis as the scale of a norm. `load_into` knows the module and decides by it.
+    of two or more axes counts as a kernel (an embedding's does not come out right, nor does a transposed
+    convolution's), and one of a single axis as the scale of a norm. `load_into` knows the module and decides by it.
 
     Args:
       state_dict, prefix: as in `load_checkpoint`, whose rules apply.
@@ -95,8 +95,8 @@ def to_state_dict(source: Any, prefix: str = "", *, names: Mapping[str, Any] | N
         `blocks` `blocks_0`; among `names`, that stands for `blocks.0`.
 
     Returns:
-      Arrays in PyTorch's layouts by mmcv's names. Flax's own BatchNorm has no `num_batches_tracked`, which mmcv does not
-      need, so it comes back only from modules that keep it.
+      Arrays in PyTorch's layouts by mmcv's names. Flax's own BatchNorm has no `num_batches_tracked`, which mmcv does
+      not need, so it comes back only from modules that keep it.
     """
     if prefix and not prefix.endswith("."):
         prefix += "."
@@ -124,8 +124,8 @@ def load_into(
     Every array is cast to the dtype of the parameter that it becomes, and placed where that was.
 
     Args:
-      module: an nnx module, which is changed, and may be abstract (from `nnx.eval_shape`); or linen variables; or a linen
-        module.
+      module: an nnx module, which is changed, and may be abstract (from `nnx.eval_shape`); or linen variables; or a
+        linen module.
       state_dict, prefix: as in `load_checkpoint`, whose rules apply.
       inputs: for a linen module, what its `__call__` takes, arrays or `jax.ShapeDtypeStruct`. A layer of jax_dcn.linen
         needs none.

@@ -85,7 +85,9 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(planes * 4)
         self.downsample = nn.Sequential()
         if stride != 1 or c_in != planes * 4:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, planes * 4, 1, stride, bias=False), nn.BatchNorm2d(planes * 4))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, planes * 4, 1, stride, bias=False), nn.BatchNorm2d(planes * 4)
+            )
 
     def forward(self, x):
         y = self.bn1(self.conv1(x)).relu()
@@ -93,9 +95,10 @@ class Bottleneck(nn.Module):
         return (self.bn3(self.conv3(y)) + self.downsample(x)).relu()
 
 
-class ResNet(nn.Module):
-    BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
+
+class ResNet(nn.Module):
     def __init__(
         self,
         *,
@@ -115,7 +118,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(base_channels)
         channels = base_channels
         dcn = dict(dcn)
-        for stage, count in enumerate(self.BLOCKS[depth]):
+        for stage, count in enumerate(BLOCKS[depth]):
             planes = base_channels * 2**stage
             width = planes if groups == 1 else int(planes * (base_width / base_channels)) * groups
             blocks = []
