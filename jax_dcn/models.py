@@ -151,8 +151,8 @@ class ResNet(nnx.Module):
         groups wide (default 4).
       zero_init_residual: whether the last normalisation of a block begins with a scale of 0 (default True).
       data_format: "NCHW" (default) or "NHWC", that of the image and the maps.
-      dtype: of the computation (default: to which image and parameters promote). Offsets have it too; coordinates in
-        16 bits are good to a pixel or so at the far end of a map.
+      dtype: of the computation (default: to which image and parameters promote). The offsets come out of convolutions
+        of this dtype, so bfloat16 rounds one of 2 to 4 pixels to 1/64; coordinates are computed in float32.
       param_dtype: of parameters and statistics (default float32).
       rngs: as in `nnx.Conv`.
 

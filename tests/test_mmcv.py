@@ -343,6 +343,18 @@ def test_nnx_containers_and_random_states():
     assert_same(mmcv.to_state_dict(model), arrays)
 
 
+@pytest.mark.parametrize("abstract", [False, True])
+def test_checkpoints_without_counters(abstract):
+    """torch's before 0.4.1, and those converted from Caffe."""
+    arrays = {name: normal(3) for name in ("weight", "bias", "running_mean", "running_var")}
+
+    def build():
+        return jax_dcn.models.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    norm = mmcv.load_into(nnx.eval_shape(build) if abstract else build(), arrays)
+    assert_same(mmcv.to_state_dict(norm), arrays | {"num_batches_tracked": np.array(0)})
+
+
 def test_dtype_of_the_module():
     layer = nnx.Conv(C_IN, C_OUT, (3, 3), use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     mmcv.load_into(layer, {"weight": pack()["weight"]})

@@ -153,18 +153,14 @@ def load_into(
         entries = [dataclasses.replace(entry, key=joined.get(entry.key, entry.key)) for entry in entries]
 
     keys = {entry.key for entry in entries}
-    # An abstract parameter has no value to keep.
-    missing = [
-        entry.key
-        for entry in entries
-        if entry.key not in arrays and (entry.leaf != _COUNTER or isinstance(entry.array, jax.ShapeDtypeStruct))
-    ]
+    missing = [entry.key for entry in entries if entry.key not in arrays and entry.leaf != _COUNTER]
     unexpected = [key for key in arrays if key not in keys and key.split(".")[-1] != _COUNTER]
     misshaped = {
         entry.key: (arrays[entry.key].shape, expected)
         for entry in entries
         if entry.key in arrays and arrays[entry.key].shape != (expected := _torch_shape(entry))
     }
+    # An abstract parameter has no value to keep.
     abstract = {entry.key for entry in entries if isinstance(entry.array, jax.ShapeDtypeStruct)}
     if misshaped or (strict and (missing or unexpected)) or not abstract.isdisjoint(missing):
         raise StateDictError(missing, unexpected, misshaped)
@@ -174,8 +170,11 @@ def load_into(
 
     loaded = {}
     for entry in entries:
-        if entry.key in arrays:
-            array = _to_flax(entry.leaf, arrays[entry.key]).astype(entry.array.dtype)
+        array = arrays.get(entry.key)
+        if array is None and entry.leaf == _COUNTER and entry.key in abstract:
+            array = np.zeros((), np.int64)
+        if array is not None:
+            array = _to_flax(entry.leaf, array).astype(entry.array.dtype)
             loaded[entry.path] = jax.device_put(array, getattr(entry.array, "sharding", None))
             if nnx_module:
                 entry.variable.set_value(loaded[entry.path])
