@@ -200,7 +200,8 @@ def test_version_1_weight_and_bias_separately():
 def test_other_layers_called_offset_keep_their_name():
     heads = {"reg.weight": normal(4, 8, 3, 3), "reg_offset.weight": normal(4, 8, 1, 1), "reg_offset.bias": normal(4)}
     alone = {"pts_offset.weight": normal(18, 8, 3, 3)}
-    for arrays in heads, alone:
+    small = {"reg.weight": normal(4, 8, 1, 1), "reg_offset.weight": normal(2, 8, 1, 1)}
+    for arrays in heads, alone, small:
         loaded = mmcv.load_checkpoint(arrays)
         assert_same(loaded, arrays)
         assert loaded.renamed == {}

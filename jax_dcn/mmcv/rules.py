@@ -61,14 +61,15 @@ def _data_parallel(arrays: Arrays) -> Iterator[Change]:
 def _old_offset(arrays: Arrays) -> Iterator[Change]:
     """`<p>_offset.*` beside `<p>.weight`: mmcv's layers before version 2, and old DB and EasyOCR.
 
-    Other layers may have such a name, so the channels must be those of an offset, or of an offset and a mask.
+    Other layers may have such a name, so the channels must be those of an offset, or of an offset and a mask, for a
+    kernel of more than one tap: two channels beside a 1x1 convolution may be anything.
     """
     for key, array in arrays.items():
         if match := re.fullmatch(r"(.+)_offset\.(weight|bias)", key):
             layer = arrays.get(f"{match[1]}.weight")
             if layer is not None and layer.ndim == 4 and array.ndim in (1, 4):
                 taps = math.prod(layer.shape[2:])
-                if array.shape[0] % (2 * taps) == 0 or array.shape[0] % (3 * taps) == 0:
+                if taps > 1 and 0 in (array.shape[0] % (2 * taps), array.shape[0] % (3 * taps)):
                     yield Change((key,), f"{match[1]}.conv_offset.{match[2]}", array)
 
 
