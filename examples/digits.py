@@ -29,6 +29,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from jax_dcn.nnx import ModulatedDeformConv2dPack
+from jax_dcn.plot import sampling_points
 
 CANVAS = 40  # pixels a side of a warped image; MNIST's have 28
 HELD_OUT = 1000  # images to compare by
@@ -38,8 +39,6 @@ BATCH = 64
 # slightly optimistic.
 LEARNING_RATE = 5e-3
 TAPS = 9  # of a 3x3 kernel
-
-Taps = list[tuple[np.ndarray, np.ndarray]]  # of every deformable layer: offsets (H, W, TAPS, 2), mask (H, W, TAPS)
 
 
 class Digits(NamedTuple):
@@ -161,31 +160,17 @@ def parameter_count(model: Classifier) -> int:
 # --- the picture ---
 
 
-def predicted_taps(model: Classifier, image: np.ndarray) -> Taps:
-    """What the two deformable layers compute for an image, the offsets in pixels of their input."""
+def predicted_taps(model: Classifier, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The offsets (H, W, 2*TAPS) and masks (H, W, TAPS) that the two deformable layers compute for an image."""
     x = model.stem(image[None, ..., None])
-    taps = []
+    offsets, masks = [], []
     for block in model.middle1, model.middle2:
         channels = np.asarray(block.conv.conv_offset(x))[0]
         offset, mask = np.split(channels, [2 * TAPS], axis=-1)
-        taps.append((offset.reshape(*offset.shape[:2], TAPS, 2), 1 / (1 + np.exp(-mask))))
+        offsets.append(offset)
+        masks.append(1 / (1 + np.exp(-mask)))
         x = block(x)
-    return taps
-
-
-def sampling_points(centre: np.ndarray, taps: Taps) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pixel `centre` of the last layer's output looks in the first layer's input, and how much it counts.
-
-    The points are (taps**layers, 2), a layer's offsets being those of the pixel nearest to the next layer's point. The
-    weights (taps**layers,) are the products of the masks.
-    """
-    regular = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(TAPS, 2)
-    points, weights = centre[None].astype(np.float32), np.ones(1, np.float32)
-    for offset, mask in reversed(taps):
-        y, x = np.clip(np.rint(points).astype(int), 0, np.array(mask.shape[:2]) - 1).T
-        points = (points[:, None] + regular + offset[y, x]).reshape(-1, 2)
-        weights = (weights[:, None] * mask[y, x]).reshape(-1)
-    return points, weights
+    return offsets, masks
 
 
 def draw(model: Classifier, digits: Digits, path: Path) -> None:
@@ -199,14 +184,11 @@ def draw(model: Classifier, digits: Digits, path: Path) -> None:
         image = images[images.sum((1, 2)).argmax()]
         stroke = np.argwhere(image[::2, ::2] > 0.5)  # in pixels of the layers, the stem halving the image
         centre = stroke[np.square(stroke - stroke.mean(0)).sum(1).argmin()]
-        learnt = predicted_taps(model, image)
-        regular = [(np.zeros_like(offset), np.ones_like(mask)) for offset, mask in learnt]
-        for axes, taps in zip(column, (regular, learnt), strict=True):
-            points, weights = sampling_points(centre, taps)
-            axes.imshow(image, cmap="gray_r", vmax=2)
-            axes.scatter(*2 * points.T[::-1], s=36 * weights / weights.max(), color="#d62728", linewidths=0)
-            axes.scatter(*2 * centre[::-1], s=60, marker="s", color="#1f77b4", edgecolors="white")
-            axes.set(xlim=(-0.5, CANVAS - 0.5), ylim=(CANVAS - 0.5, -0.5), xticks=[], yticks=[])
+        offsets, masks = predicted_taps(model, image)
+        regular = [np.zeros_like(offset) for offset in offsets], [np.ones_like(mask) for mask in masks]
+        grey = np.repeat(1 - image[..., None] / 2, 3, axis=-1)
+        for axes, (offset, mask) in zip(column, (regular, (offsets, masks)), strict=True):
+            sampling_points(grey, offset, centre, mask=mask, scale=2, data_format="NHWC", axes=axes)
     rows[0, 0].set_ylabel("plain", fontsize=14)
     rows[1, 0].set_ylabel("deformable", fontsize=14)
     figure.suptitle("Where one output pixel (blue) of two 3x3 layers looks; larger points count more", fontsize=14)

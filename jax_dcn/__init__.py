@@ -10,19 +10,22 @@ from jax_dcn.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from jax_dcn import linen as linen
+    from jax_dcn import mmcv as mmcv
+    from jax_dcn import models as models
     from jax_dcn import nnx as nnx
+    from jax_dcn import plot as plot
     from jax_dcn.linen import DeformConv2d as DeformConv2d
     from jax_dcn.linen import DeformConv2dPack as DeformConv2dPack
     from jax_dcn.linen import ModulatedDeformConv2d as ModulatedDeformConv2d
     from jax_dcn.linen import ModulatedDeformConv2dPack as ModulatedDeformConv2dPack
 
-# Imported when first used, because they need Flax, which is optional.
-_FLAX_MODULES = ("linen", "nnx")
+# Imported when first used, because most of them need Flax, which is optional.
+_MODULES = ("linen", "mmcv", "models", "nnx", "plot")
 _LAYERS = ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FLAX_MODULES:
+    if name in _MODULES:
         return importlib.import_module(f"jax_dcn.{name}")
     if name in _LAYERS:
         return getattr(importlib.import_module("jax_dcn.linen"), name)
@@ -30,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FLAX_MODULES, *_LAYERS})
+    return sorted({*globals(), *_MODULES, *_LAYERS})

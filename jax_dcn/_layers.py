@@ -14,7 +14,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
-from jax_dcn.geometry import Pair, check_data_format, to_count, to_pair
+from jax_dcn.geometry import Geometry, Pair, check_data_format, to_count, to_pair
 
 Initializer = initializers.Initializer
 
@@ -81,6 +81,17 @@ class Layer:
     def _options(self) -> dict[str, Any]:
         names = ("stride", "padding", "dilation", "groups", "deform_groups", "data_format", "precision")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """x, offset and mask as they may be, for whoever only wants the shapes of the parameters."""
+        geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.deform_groups)
+        image = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        out = geometry.output_size(*image)
+        shapes = [(self.in_channels, *image), (geometry.offset_channels, *out), (geometry.mask_channels, *out)]
+        if self.data_format == "NHWC":
+            shapes = [(*pixels, channels) for channels, *pixels in shapes]
+        return tuple(jax.ShapeDtypeStruct((1, *shape), self.param_dtype) for shape in shapes)
 
     @property
     def _conv_offset_options(self) -> dict[str, Any]:

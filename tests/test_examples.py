@@ -1,38 +1,92 @@
-"""The examples run, and do what they say."""
+"""The ports in examples/: the numbers of the PyTorch originals, and that they run."""
 
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import models_golden
 import numpy as np
+import pytest
+from flax import nnx
+
+from jax_dcn import mmcv
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_two_processes_train_the_network_of_one(tmp_path):
-    """Sums of float32 in another order differ by rounding, which some steps of training make somewhat larger."""
-    runs = []
-    for processes in 1, 2:
-        output = tmp_path / f"{processes}.npz"
-        done = subprocess.run(
-            [
-                sys.executable,
-                EXAMPLES / "train_distributed.py",
-                f"--processes={processes}",
-                "--steps=8",
-                f"--output={output}",
-            ],
-            cwd=Path(sys.executable).parent,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{processes} processes, {processes} devices" in done.stdout
-        runs.append(np.load(output))
-    one, two = runs
-    assert one.keys() == two.keys()
-    assert len(one["losses"]) == 8 and one["losses"][-1] < one["losses"][0]
-    for name in one.keys():
-        np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-4 * np.abs(one[name]).max(), err_msg=name)
+def example(name):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("optax")
+    pytest.importorskip("tqdm")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def load(case, build):
+    # As a detector's checkpoint has them.
+    state_dict = {f"part.{key}": array for key, array in case.state_dict.items()}
+    model = mmcv.load_into(nnx.eval_shape(lambda: build(**case.config, rngs=nnx.Rngs(0))), state_dict, prefix="part")
+    assert all(np.array_equal(array, case.state_dict[key]) for key, array in mmcv.to_state_dict(model).items())
+    return model, [jnp.moveaxis(jnp.asarray(x), 1, 3) for x in case.inputs]
+
+
+def assert_close(actual, expected):
+    actual = np.moveaxis(np.asarray(actual), 3, 1)
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    print(f"relative error {error:.1e}")
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["edvr", "reppoints"])
+def test_an_example_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 150
+
+
+def test_edvr():
+    case = models_golden.Case("edvr")
+    model, inputs = load(case, example("edvr").PCDAlignment)
+    assert_close(model(inputs[:3], inputs[3:]), case.outputs[0])
+
+
+def test_reppoints():
+    case = models_golden.Case("reppoints")
+    head, inputs = load(case, example("reppoints").RepPointsHead)
+    for actual, expected in zip(head(*inputs), case.outputs, strict=True):
+        assert_close(actual, expected)
+
+
+def test_boxes_of_points():
+    head = nnx.eval_shape(lambda: example("reppoints").RepPointsHead(rngs=nnx.Rngs(0)))
+    head.moment_transfer.set_value(jnp.log(jnp.array([2.0, 3.0])))  # of the width, of the height
+    points = np.random.default_rng(0).normal(size=(2, 9, 2))
+    y, x = points[..., 0], points[..., 1]
+    half_x, half_y = 2 * x.std(1, ddof=1), 3 * y.std(1, ddof=1)
+    expected = np.stack([x.mean(1) - half_x, y.mean(1) - half_y, x.mean(1) + half_x, y.mean(1) + half_y], 1)
+    np.testing.assert_allclose(head.boxes(jnp.asarray(points.reshape(2, 18))), expected, rtol=1e-5)
+
+
+def test_reppoints_gradient_of_points():
+    """A tenth of the convolutions' gradient reaches the points."""
+    case = models_golden.Case("reppoints")
+    head, (x,) = load(case, example("reppoints").RepPointsHead)
+
+    def gradient(gradient_mul):
+        head.gradient_mul = gradient_mul
+        grads = nnx.grad(lambda head: head(x)[0].sum())(head)
+        return grads["reppoints_pts_init_out"]["bias"][...]
+
+    np.testing.assert_allclose(gradient(0.1), gradient(1.0) / 10, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["edvr", "reppoints"])
+def test_an_example_runs(name, tmp_path, capsys):
+    arguments = ["--output", str(tmp_path / "picture.png")] + ["--steps", "2"] * (name == "edvr")
+    with jax.numpy_rank_promotion("allow"):
+        example(name).main(arguments)
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert "picture.png" in capsys.readouterr().out

@@ -1,0 +1,224 @@
+"""Times a whole model, ResNet-50-DCNv2, in jax_dcn and elsewhere.
+
+    python benchmarks/model.py             # a forward pass at 800x1344, a training step at 224x224 with batch 8
+    python benchmarks/model.py --quick     # the same at 224x224 with batch 2
+
+The model is also written as an ONNX graph and run by ONNX Runtime, whose DeformConv shares nothing with jax_dcn; its
+feature maps must agree first. There is no PyTorch model with deformable layers to compare with unless torchvision is
+installed, so torch runs the same ResNet-50 with plain convolutions, and so does XLA: what the model would cost without
+deformation. Every engine has all cores. The competitors take turns; medians and the load of the machine are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_dcn import mmcv
+from jax_dcn.models import ResNet
+
+DCN = dict(dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True, True, True))
+STRIDES = (1, 2, 2, 2)
+
+
+def random_state_dict(deformable: bool) -> mmcv.StateDict:
+    """Weights of He's initialisation, and offsets of a pixel or so, else no tap would leave its place."""
+    model = nnx.eval_shape(lambda: resnet(deformable))
+    rng, arrays = np.random.default_rng(0), {}
+    for key, array in mmcv.to_state_dict(nnx.clone(filled_with_zeros(model))).items():
+        if array.ndim == 4:
+            arrays[key] = (rng.normal(size=array.shape) * np.sqrt(1.5 / np.prod(array.shape[1:]))).astype(np.float32)
+        elif key.endswith(("running_var", "weight")):
+            arrays[key] = np.full(array.shape, 0.3 if ".bn3.weight" in key else 1, np.float32)
+        else:
+            arrays[key] = array
+    return mmcv.load_checkpoint(arrays)
+
+
+def filled_with_zeros(model: nnx.Module) -> nnx.Module:
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
+
+
+def resnet(deformable: bool) -> ResNet:
+    return ResNet(50, rngs=nnx.Rngs(0), **(DCN if deformable else {}))
+
+
+# --- runs: functions without arguments that return the feature maps, or a loss ---
+
+
+def jax_run(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, training: bool) -> Callable[[], list]:
+    model = mmcv.load_into(nnx.eval_shape(lambda: resnet(deformable)), state_dict)
+    model.eval()  # norm_eval is mmdet's default, so training uses the running statistics too
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def maps(parameters, x):
+        return nnx.merge(graph, parameters, rest)(x)
+
+    def step(parameters, x):
+        loss, gradients = jax.value_and_grad(lambda p: sum(jnp.mean(y**2) for y in maps(p, x)))(parameters)
+        return loss, jax.tree.map(lambda p, g: p - 1e-4 * g, parameters, gradients)
+
+    compiled = jax.jit(step if training else maps).lower(parameters, x).compile()
+    x = jnp.asarray(x)
+    return lambda: jax.block_until_ready(compiled(parameters, x))
+
+
+def onnxruntime_run(state_dict: mmcv.StateDict, x: np.ndarray) -> Callable[[], list]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count()
+    model = onnx_graph(state_dict, x.shape).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": x})
+
+
+def onnx_graph(state_dict: mmcv.StateDict, shape: tuple[int, ...]):
+    """The state dict's ResNet-50 as an ONNX model, the layers in the order of their names' blocks."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, constants = [], {}
+
+    def constant(key: str) -> str:
+        constants[key] = numpy_helper.from_array(state_dict[key], key)
+        return key
+
+    def node(kind: str, *inputs: str, outputs: int = 1, **attributes) -> str:
+        names = [f"{kind}{len(nodes)}_{i}" for i in range(outputs)]
+        nodes.append(helper.make_node(kind, inputs, names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def conv(x: str, name: str, stride: int) -> str:
+        size = state_dict[f"{name}.weight"].shape[-1]
+        geometry = dict(kernel_shape=[size] * 2, strides=[stride] * 2, pads=[size // 2] * 4)
+        if f"{name}.conv_offset.weight" not in state_dict:
+            bias = [constant(f"{name}.bias")] if f"{name}.bias" in state_dict else []
+            return node("Conv", x, constant(f"{name}.weight"), *bias, **geometry)
+        out = conv(x, f"{name}.conv_offset", stride)
+        constants["split"] = numpy_helper.from_array(np.array([18, 9]), "split")
+        offset, mask = node("Split", out, "split", outputs=2, axis=1)
+        return node("DeformConv", x, constant(f"{name}.weight"), offset, "", node("Sigmoid", mask), **geometry)
+
+    def norm(x: str, name: str) -> str:
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        return node("BatchNormalization", x, *(constant(f"{name}.{leaf}") for leaf in leaves), epsilon=1e-5)
+
+    x = node("Relu", norm(conv("x", "conv1", 2), "bn1"))
+    x = node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    outputs = []
+    for stage, stride in enumerate(STRIDES):
+        block = 0
+        while (path := f"layer{stage + 1}.{block}") + ".conv1.weight" in state_dict:
+            strides = (1, stride if block == 0 else 1, 1)
+            y = x
+            for i in (1, 2, 3):
+                y = norm(conv(y, f"{path}.conv{i}", strides[i - 1]), f"{path}.bn{i}")
+                y = node("Relu", y) if i < 3 else y
+            if f"{path}.downsample.0.weight" in state_dict:
+                x = norm(conv(x, f"{path}.downsample.0", strides[1]), f"{path}.downsample.1")
+            x = node("Relu", node("Add", y, x))
+            block += 1
+        outputs.append(x)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    graph = helper.make_graph(nodes, "resnet", inputs, values, list(constants.values()))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+
+def torch_run(state_dict: mmcv.StateDict, x: np.ndarray, *, training: bool) -> Callable[[], list]:
+    """ResNet-50 without deformation, in functions of torch."""
+    import torch
+    from torch.nn import functional as F
+
+    torch.set_num_threads(os.cpu_count())
+    tensors = {key: torch.from_numpy(array) for key, array in state_dict.items()}
+    trained = [tensors[key].requires_grad_(training) for key in tensors if key.endswith(("weight", "bias"))]
+    image = torch.from_numpy(x)
+
+    def conv_norm(x, conv, norm, stride=1):
+        weight = tensors[f"{conv}.weight"]
+        x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
+        mean, var, scale, bias = (
+            tensors[f"{norm}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, scale, bias)
+
+    def maps():
+        x, outputs = F.max_pool2d(conv_norm(image, "conv1", "bn1", 2).relu(), 3, 2, 1), []
+        for stage, stride in enumerate(STRIDES):
+            block = 0
+            while (path := f"layer{stage + 1}.{block}") + ".conv1.weight" in tensors:
+                step = stride if block == 0 else 1
+                y = conv_norm(x, f"{path}.conv1", f"{path}.bn1").relu()
+                y = conv_norm(y, f"{path}.conv2", f"{path}.bn2", step).relu()
+                y = conv_norm(y, f"{path}.conv3", f"{path}.bn3")
+                if block == 0:
+                    x = conv_norm(x, f"{path}.downsample.0", f"{path}.downsample.1", step)
+                x = (y + x).relu()
+                block += 1
+            outputs.append(x)
+        return outputs
+
+    def run():
+        if not training:
+            with torch.inference_mode():
+                return [y.numpy() for y in maps()]
+        gradients = torch.autograd.grad(sum((y**2).mean() for y in maps()), trained)
+        with torch.no_grad():
+            return [parameter - 1e-4 * gradient for parameter, gradient in zip(trained, gradients, strict=True)]
+
+    return run
+
+
+def milliseconds(runs: dict[str, Callable[[], list]], rounds: int) -> dict[str, float]:
+    """Medians of the runs, which take turns."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    deformable, plain = random_state_dict(True), random_state_dict(False)
+    rng = np.random.default_rng(0)
+    for training in False, True:
+        shape = (2, 3, 224, 224) if options.quick else (8, 3, 224, 224) if training else (1, 3, 800, 1344)
+        x = rng.normal(size=shape).astype(np.float32)
+        runs = {"jax_dcn": jax_run(deformable, x, deformable=True, training=training)}
+        if not training:
+            runs["ONNX Runtime"] = onnxruntime_run(deformable, x)
+        runs["plain convolutions, XLA"] = jax_run(plain, x, deformable=False, training=training)
+        runs["plain convolutions, torch"] = torch_run(plain, x, training=training)
+        results = {name: run() for name, run in runs.items()}
+        for ours, theirs in (("jax_dcn", "ONNX Runtime"), ("plain convolutions, XLA", "plain convolutions, torch")):
+            if not training:
+                errors = [
+                    np.abs(a - b).max() / np.abs(b).max() for a, b in zip(results[ours], results[theirs], strict=True)
+                ]
+                print(f"{ours} and {theirs} differ by {max(errors):.1e} of the largest value")
+                assert max(errors) < 1e-3
+        del results
+        before = os.getloadavg()[0]
+        medians = milliseconds(runs, options.rounds)
+        print(f"{'training step' if training else 'forward'}, {shape}, load {before:.1f} to {os.getloadavg()[0]:.1f}:")
+        for name, value in medians.items():
+            print(f"  {name:28}{value:10.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

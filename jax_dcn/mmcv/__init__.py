@@ -1,0 +1,18 @@
+"""Checkpoints of mmcv's models: read, renamed, laid out for Flax, loaded into a module, and written back.
+
+    state_dict = load_checkpoint("detector.pth", prefix="backbone.")
+    load_into(model, state_dict)
+
+A state dict here is flat and mmcv's: dotted names, and PyTorch's layouts. torch and safetensors are needed only by the
+files of their formats, Flax only by what fills its modules. On the command line,
+
+    python -m jax_dcn.mmcv convert in.pth out.safetensors
+"""
+
+from jax_dcn.mmcv.checkpoint import StateDict as StateDict
+from jax_dcn.mmcv.checkpoint import load_checkpoint as load_checkpoint
+from jax_dcn.mmcv.checkpoint import save_checkpoint as save_checkpoint
+from jax_dcn.mmcv.convert import StateDictError as StateDictError
+from jax_dcn.mmcv.convert import convert_state_dict as convert_state_dict
+from jax_dcn.mmcv.convert import load_into as load_into
+from jax_dcn.mmcv.convert import to_state_dict as to_state_dict

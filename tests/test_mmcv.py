@@ -1,0 +1,442 @@
+"""Checkpoints: files, names, layouts, and the errors that say what does not fit."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from processes import run_python
+
+import jax_dcn
+from jax_dcn import mmcv
+from jax_dcn.mmcv import __main__ as command
+
+C_IN, C_OUT = 4, 6
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def pack(prefix="", offset="conv_offset", channels=27, bias=False):
+    """The state dict of a Pack, v2 by default."""
+    arrays = {
+        f"{prefix}weight": normal(C_OUT, C_IN, 3, 3, seed=1),
+        f"{prefix}{offset}.weight": 0.1 * normal(channels, C_IN, 3, 3, seed=2),
+        f"{prefix}{offset}.bias": 0.1 * normal(channels, seed=3),
+    }
+    return arrays | ({f"{prefix}bias": normal(C_OUT, seed=4)} if bias else {})
+
+
+def assert_same(actual, expected):
+    assert set(actual) == set(expected)
+    for key, array in expected.items():
+        assert (actual[key].dtype, actual[key].shape) == (array.dtype, array.shape), key
+        assert actual[key].tobytes() == array.tobytes(), key
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_round_trip_of_a_file(tmp_path, suffix):
+    pytest.importorskip("safetensors" if suffix == ".safetensors" else "torch")
+    arrays = {
+        **pack(),
+        "count": np.array(3),
+        "half": normal(3).astype(np.float16),
+        "bfloat": normal(2, 5).astype(jnp.bfloat16),
+        "transposed": normal(3, 2).T,
+    }
+    mmcv.save_checkpoint(arrays, tmp_path / f"model{suffix}")
+    assert_same(mmcv.load_checkpoint(tmp_path / f"model{suffix}"), arrays)
+
+
+def test_torch_loads_what_is_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    mmcv.save_checkpoint(layer.state_dict(), tmp_path / "model.pth")
+    loaded = torch.load(tmp_path / "model.pth", weights_only=True)
+    layer.load_state_dict(loaded["state_dict"], strict=True)
+    assert_same(mmcv.load_checkpoint(tmp_path / "model.pth"), mmcv.load_checkpoint(layer.state_dict()))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_detector_checkpoint(tmp_path, zipped):
+    """Wrapped and prefixed, with other objects besides, also as torch before 1.6 wrote it."""
+    torch = pytest.importorskip("torch")
+    state_dict = {"backbone.layer2.0.conv2." + key: torch.from_numpy(array) for key, array in pack().items()}
+    state_dict["bbox_head.weight"] = torch.zeros(3)
+    checkpoint = {"meta": {"epoch": 12, "CLASSES": ("cat",)}, "state_dict": state_dict, "optimizer": {"state": {}}}
+    torch.save(checkpoint, tmp_path / "detector.pth", _use_new_zipfile_serialization=zipped)
+    loaded = mmcv.load_checkpoint(tmp_path / "detector.pth", prefix="backbone.")
+    assert_same(loaded, pack("layer2.0.conv2."))
+
+
+class Foreign:
+    """An object that a checkpoint should not bring to life."""
+
+    def __init__(self):
+        self.made = True
+
+    def __setstate__(self, state):
+        raise AssertionError("a checkpoint's code ran")
+
+
+def test_other_objects_stay_inert(tmp_path):
+    torch = pytest.importorskip("torch")
+    checkpoint = {"state_dict": {"a": torch.ones(2)}, "message_hub": Foreign(), "rng": np.float64(1)}
+    torch.save(checkpoint, tmp_path / "training.pth")
+    assert_same(mmcv.load_checkpoint(tmp_path / "training.pth"), {"a": np.ones(2, np.float32)})
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    checkpoint = {"state_dict": {"a": torch.ones(2)}, "meta": Malicious(tmp_path / "made")}
+    torch.save(checkpoint, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"bad\.pth cannot be read safely"):
+        mmcv.load_checkpoint(tmp_path / "bad.pth")
+    assert not (tmp_path / "made").exists()
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    arrays = {f"backbone.{key}": array for key, array in pack("layer2.0.conv2.", "conv_offset_mask").items()}
+    mmcv.save_checkpoint(arrays, tmp_path / "in.pth")
+    monkeypatch.setattr(command, "_LARGE", 1000)
+    command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors"), "--prefix", "backbone."])
+    printed = capsys.readouterr()
+    assert "3 arrays, 0.0 MiB, float32" in printed.out
+    assert (
+        "renamed by rule 'conv_offset_mask': 2, for example layer2.0.conv2.conv_offset_mask.weight "
+        "-> layer2.0.conv2.conv_offset.weight" in printed.out
+    )
+    assert "in.pth" in printed.err  # the progress bar
+    assert_same(mmcv.load_checkpoint(tmp_path / "out.safetensors"), pack("layer2.0.conv2."))
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out.npz")])
+    assert "out.npz must end in .pth, .pt or .safetensors" in capsys.readouterr().err
+
+
+def test_optional_packages_are_imported_only_when_used(tmp_path):
+    run_python("""
+import sys
+for name in "torch", "safetensors", "flax", "tqdm":
+    sys.modules[name] = None
+import numpy as np
+from jax_dcn import mmcv
+assert mmcv.convert_state_dict({"a.weight": np.ones((2, 3))})["a"]["kernel"].shape == (3, 2)
+for file, package in ("a.pth", "torch"), ("a.safetensors", "safetensors"):
+    try:
+        mmcv.load_checkpoint(file)
+    except ImportError as error:
+        assert str(error) == f"{file} needs {package}: pip install {package}", error
+    else:
+        raise AssertionError(file)
+""")
+
+
+# --- names ---
+
+
+def test_mappings_are_unwrapped():
+    arrays = pack()
+    for checkpoint in (
+        arrays,
+        {"state_dict": arrays, "meta": {}},
+        {"params": {}, "params_ema": arrays},
+        {"model": {"state_dict": arrays}},
+    ):
+        assert_same(mmcv.load_checkpoint(checkpoint), arrays)
+    loaded = mmcv.load_checkpoint(arrays)
+    loaded["weight"][...] = 0
+    assert arrays["weight"].any()
+
+
+@pytest.mark.parametrize("prefix", ["backbone", "backbone."])
+def test_prefix(prefix):
+    arrays = {f"backbone.{key}": array for key, array in pack().items()} | {"neck.a": np.ones(1)}
+    assert_same(mmcv.load_checkpoint(arrays, prefix), pack())
+    with pytest.raises(ValueError, match=r"no key starts with 'body\.'; the keys start with backbone\., neck\."):
+        mmcv.load_checkpoint(arrays, "body")
+
+
+@pytest.mark.parametrize("channels", [18, 27, 2 * 27])
+def test_version_1(channels):
+    old = pack("layer2.0.conv2.", channels=channels)
+    old["layer2.0.conv2_offset.weight"] = old.pop("layer2.0.conv2.conv_offset.weight")
+    old["layer2.0.conv2_offset.bias"] = old.pop("layer2.0.conv2.conv_offset.bias")
+    loaded = mmcv.load_checkpoint(old)
+    assert_same(loaded, pack("layer2.0.conv2.", channels=channels))
+    assert loaded.renamed == {
+        "version 1 offset": [
+            f"layer2.0.conv2_offset.{leaf} -> layer2.0.conv2.conv_offset.{leaf}" for leaf in ("weight", "bias")
+        ]
+    }
+
+
+def test_version_1_weight_and_bias_separately():
+    mixed = pack("conv2.")
+    mixed["conv2_offset.bias"] = mixed.pop("conv2.conv_offset.bias")
+    assert_same(mmcv.load_checkpoint(mixed), pack("conv2."))
+    present = pack("conv2.") | {"conv2_offset.bias": np.zeros(27, np.float32)}
+    assert_same(mmcv.load_checkpoint(present), present)
+
+
+def test_other_layers_called_offset_keep_their_name():
+    heads = {"reg.weight": normal(4, 8, 3, 3), "reg_offset.weight": normal(4, 8, 1, 1), "reg_offset.bias": normal(4)}
+    alone = {"pts_offset.weight": normal(18, 8, 3, 3)}
+    small = {"reg.weight": normal(4, 8, 1, 1), "reg_offset.weight": normal(2, 8, 1, 1)}
+    for arrays in heads, alone, small:
+        loaded = mmcv.load_checkpoint(arrays)
+        assert_same(loaded, arrays)
+        assert loaded.renamed == {}
+
+
+def test_conv_offset_mask_and_data_parallel():
+    arrays = {f"module.{key}": array for key, array in pack("dcn.", "conv_offset_mask", bias=True).items()}
+    loaded = mmcv.load_checkpoint(arrays)
+    assert_same(loaded, pack("dcn.", bias=True))
+    assert list(loaded.renamed) == ["data parallel", "conv_offset_mask"]
+    assert_same(mmcv.load_checkpoint(pack(offset="conv_offset_mask")), pack())
+
+
+def test_numbered_offset_convolutions_keep_their_names():
+    arrays = {f"deform.conv_offset.{i}.weight": normal(4, 4, 3, 3) for i in (0, 2, 4, 6)}
+    assert_same(mmcv.load_checkpoint(arrays), arrays)
+
+
+def test_separate_convolutions():
+    """BiRefNet's layer: its numbers, as the operator computes them, from a Pack."""
+    arrays = {
+        "regular_conv.weight": normal(C_OUT, C_IN, 3, 3),
+        "offset_conv.weight": 0.1 * normal(18, C_IN, 3, 3, seed=1),
+        "offset_conv.bias": 0.1 * normal(18, seed=2),
+        "modulator_conv.weight": 0.1 * normal(9, C_IN, 3, 3, seed=3),
+        "modulator_conv.bias": 0.1 * normal(9, seed=4),
+    }
+    layer = jax_dcn.nnx.ModulatedDeformConv2dPack(C_IN, C_OUT, 3, padding=1, bias=False, rngs=nnx.Rngs(0))
+    mmcv.load_into(layer, {f"decoder.dcn.{key}": array for key, array in arrays.items()}, "decoder.dcn")
+    x = jnp.asarray(normal(1, C_IN, 7, 8, seed=5))
+
+    def convolve(name):
+        y = jax.lax.conv_general_dilated(x, arrays[f"{name}.weight"], (1, 1), "SAME")
+        return y + arrays[f"{name}.bias"][None, :, None, None]
+
+    offset, mask = convolve("offset_conv"), 2 * jax.nn.sigmoid(convolve("modulator_conv"))
+    weight = jnp.asarray(arrays["regular_conv.weight"])
+    expected = jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, padding=1)
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def test_rules_are_logged(caplog):
+    with caplog.at_level(logging.INFO, "jax_dcn.mmcv"):
+        mmcv.load_checkpoint(pack(offset="conv_offset_mask"))
+    assert caplog.messages == [
+        "rule 'conv_offset_mask' fired 2 times, first conv_offset_mask.weight -> conv_offset.weight"
+    ]
+
+
+# --- layouts ---
+
+
+def test_converted_layouts():
+    arrays = {
+        "conv.weight": normal(6, 4, 3, 2),
+        "linear.weight": normal(5, 7),
+        "bn.weight": normal(6),
+        "bn.bias": normal(6),
+        "bn.running_mean": normal(6),
+        "bn.running_var": normal(6),
+        "bn.num_batches_tracked": np.array(5),
+        "layers.0.conv1d.weight": normal(3, 2, 5),
+        "moment_transfer": normal(2),
+        "scale.scale": np.array(2.0),
+    }
+    tree = mmcv.convert_state_dict(arrays)
+    assert jax.tree.map(jnp.shape, tree) == {
+        "conv": {"kernel": (3, 2, 4, 6)},
+        "linear": {"kernel": (7, 5)},
+        "bn": {"scale": (6,), "bias": (6,), "mean": (6,), "var": (6,), "num_batches_tracked": ()},
+        "layers": {"0": {"conv1d": {"kernel": (5, 2, 3)}}},
+        "moment_transfer": (2,),
+        "scale": {"scale": ()},
+    }
+    np.testing.assert_array_equal(tree["conv"]["kernel"], arrays["conv.weight"].transpose(2, 3, 1, 0))
+    assert_same(mmcv.to_state_dict(tree), arrays)
+
+
+@pytest.mark.parametrize("name", ["DeformConv2dPack", "ModulatedDeformConv2dPack"])
+def test_layers(name):
+    arrays = pack(channels=18 if name.startswith("Deform") else 27, bias=True)
+    options = dict(in_channels=C_IN, out_channels=C_OUT, kernel_size=3, padding=1, bias=True)
+    layer = jax_dcn.nnx.__dict__[name](**options, rngs=nnx.Rngs(0))
+    assert mmcv.load_into(layer, arrays) is layer
+    assert_same(mmcv.to_state_dict(layer), arrays)
+    linen_layer = getattr(jax_dcn, name)(**options, data_format="NHWC")
+    variables = mmcv.load_into(linen_layer, arrays)
+    assert_same(mmcv.to_state_dict(variables, "backbone"), {f"backbone.{k}": v for k, v in arrays.items()})
+    x = jnp.asarray(normal(1, C_IN, 5, 6))
+    y = linen_layer.apply(variables, jnp.moveaxis(x, 1, 3))
+    np.testing.assert_allclose(jnp.moveaxis(y, 3, 1), layer(x), atol=1e-5)
+    assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, mmcv.convert_state_dict(arrays))
+
+
+class Blocks(linen.Module):
+    """A linen model with what linen keeps apart: a list, and statistics."""
+
+    def setup(self):
+        self.convs = [linen.Conv(3, (3, 3), use_bias=False), linen.Conv(3, (3, 3), use_bias=False)]
+        self.bn_1 = linen.BatchNorm(use_running_average=True)
+
+    def __call__(self, x):
+        return self.bn_1(self.convs[1](self.convs[0](x)))
+
+
+def test_linen_lists_and_statistics():
+    arrays = {
+        "convs.0.weight": normal(3, 2, 3, 3, seed=0),
+        "convs.1.weight": normal(3, 3, 3, 3, seed=1),
+        **{f"bn_1.{name}": np.abs(normal(3, seed=2)) for name in ("weight", "bias", "running_mean", "running_var")},
+    }
+    x = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32)
+    variables = mmcv.load_into(Blocks(), arrays | {"bn_1.num_batches_tracked": np.array(1)}, inputs=[x])
+    assert set(variables) == {"params", "batch_stats"}
+    np.testing.assert_array_equal(variables["batch_stats"]["bn_1"]["var"], arrays["bn_1.running_var"])
+    assert_same(mmcv.to_state_dict(variables, names=arrays), arrays)
+    with pytest.raises(TypeError, match=r"pass inputs=\(x, ...\)"):
+        mmcv.load_into(Blocks(), arrays)
+
+
+def test_nnx_containers_and_random_states():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.conv_offset = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.relu, nnx.Linear(3, 1, rngs=rngs))
+            self.levels = nnx.Dict(l1=nnx.Linear(2, 2, use_bias=False, rngs=rngs))
+            self.embedding = nnx.Embed(5, 2, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    arrays = {
+        "conv_offset.0.weight": normal(3, 2),
+        "conv_offset.0.bias": normal(3),
+        "conv_offset.2.weight": normal(1, 3),
+        "conv_offset.2.bias": normal(1),
+        "levels.l1.weight": normal(2, 2),
+        "embedding.weight": normal(5, 2),
+    }
+    model = mmcv.load_into(Model(nnx.Rngs(0)), arrays)
+    np.testing.assert_array_equal(model.conv_offset.layers[2].kernel[...], arrays["conv_offset.2.weight"].T)
+    np.testing.assert_array_equal(model.embedding.embedding[...], arrays["embedding.weight"])
+    assert_same(mmcv.to_state_dict(model), arrays)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_checkpoints_without_counters(abstract):
+    """torch's before 0.4.1, and those converted from Caffe."""
+    arrays = {name: normal(3) for name in ("weight", "bias", "running_mean", "running_var")}
+
+    def build():
+        return jax_dcn.models.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    norm = mmcv.load_into(nnx.eval_shape(build) if abstract else build(), arrays)
+    assert_same(mmcv.to_state_dict(norm), arrays | {"num_batches_tracked": np.array(0)})
+
+
+def test_dtype_of_the_module():
+    layer = nnx.Conv(C_IN, C_OUT, (3, 3), use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    mmcv.load_into(layer, {"weight": pack()["weight"]})
+    assert layer.kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(layer.kernel[0, 0], pack()["weight"][:, :, 0, 0].T.astype(jnp.bfloat16))
+
+
+# --- errors ---
+
+
+def layer():
+    return jax_dcn.nnx.ModulatedDeformConv2dPack(C_IN, C_OUT, 3, bias=False, rngs=nnx.Rngs(0))
+
+
+def test_everything_wrong_in_one_error():
+    arrays = pack() | {"fc.weight": normal(2, 2), "conv_offset.bias": normal(18)}
+    del arrays["weight"]
+    before = mmcv.to_state_dict(module := layer())
+    with pytest.raises(mmcv.StateDictError) as caught:
+        mmcv.load_into(module, arrays)
+    assert str(caught.value).splitlines() == [
+        "the state dict does not fit the module",
+        "missing (1):",
+        "  weight",
+        "unexpected (1):",
+        "  fc.weight",
+        "wrong shape (1):",
+        "  conv_offset.bias (18,), expected (27,)",
+    ]
+    assert caught.value.missing == ("weight",)
+    assert caught.value.unexpected == ("fc.weight",)
+    assert caught.value.misshaped == {"conv_offset.bias": ((18,), (27,))}
+    assert_same(mmcv.to_state_dict(module), before)
+
+
+def test_shapes_are_told_in_torchs_layout():
+    arrays = pack() | {"weight": normal(C_OUT, C_IN + 1, 3, 3)}
+    with pytest.raises(mmcv.StateDictError, match=r"weight \(6, 5, 3, 3\), expected \(6, 4, 3, 3\)"):
+        mmcv.load_into(layer(), arrays)
+
+
+def test_long_errors_are_cut():
+    arrays = pack() | {f"head.{i}.weight": normal(1) for i in range(50)}
+    with pytest.raises(mmcv.StateDictError, match=r"head\.19\.weight\n  \.\.\. and 30 more$") as caught:
+        mmcv.load_into(layer(), arrays)
+    assert len(caught.value.unexpected) == 50
+
+
+def test_not_strict(caplog):
+    module = layer()
+    mmcv.load_into(module, {"weight": pack()["weight"], "fc.weight": normal(2, 2)}, strict=False)
+    assert_same({"weight": mmcv.to_state_dict(module)["weight"]}, {"weight": pack()["weight"]})
+    assert not module.conv_offset.kernel[...].any()
+    assert caplog.messages == [
+        "2 arrays keep their values: conv_offset.bias, conv_offset.weight",
+        "1 arrays are skipped: fc.weight",
+    ]
+    # An abstract parameter has no value to keep.
+    with pytest.raises(mmcv.StateDictError, match=r"missing \(2\)"):
+        mmcv.load_into(nnx.eval_shape(layer), {"weight": pack()["weight"]}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ({"a": 1}, TypeError, "a is not an array but int"),
+        ({0: np.ones(1)}, ValueError, "the checkpoint holds no state dict, but dict"),
+        ("model.npz", ValueError, r"model\.npz must end in \.pth, \.pt or \.safetensors"),
+    ],
+)
+def test_not_a_state_dict(source, error, message):
+    with pytest.raises(error, match=message):
+        mmcv.load_checkpoint(source)
+
+
+def test_missing_file(tmp_path):
+    pytest.importorskip("torch")
+    with pytest.raises(FileNotFoundError):
+        mmcv.load_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match="module must be a Flax module or variables, got int"):
+        mmcv.load_into(3, pack())
