@@ -3,9 +3,12 @@
 The library reads JAX_DCN_IMPLEMENTATION while a function is traced, and JAX keeps traces by the identity of the
 Python function. So a test that uses the `implementation` fixture must jit a function of its own, never one that
 lives longer than the test.
+
+Where JAX_DCN_ALLOWED_SKIPS is set, a test that skips for a reason that does not match this regular expression fails.
 """
 
 import os
+import re
 
 # Nearly all of the time goes into compiling small programs, which XLA's optimisations double.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -20,6 +23,17 @@ from jax_dcn import native
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    allowed = os.environ.get("JAX_DCN_ALLOWED_SKIPS")
+    if allowed is not None and report.skipped:
+        _, _, reason = report.longrepr
+        if not re.search(allowed, reason):
+            report.outcome, report.longrepr = "failed", f"{reason}, which JAX_DCN_ALLOWED_SKIPS={allowed} does not allow"
+    return report
 
 
 @pytest.fixture(params=["native", "xla"])
@@ -42,6 +56,6 @@ def data_format(request):
 
 @pytest.fixture
 def cuda_kernels():
-    """The CUDA kernels, loaded, with or without a GPU. Where JAX_DCN_REQUIRE_CUDA is set, they must be there."""
+    """The CUDA kernels, loaded, with or without a GPU."""
     if native.CUDA_MISSING is not None:
-        (pytest.fail if os.environ.get("JAX_DCN_REQUIRE_CUDA") else pytest.skip)(native.CUDA_MISSING)
+        pytest.skip(native.CUDA_MISSING)
