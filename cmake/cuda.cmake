@@ -3,7 +3,7 @@
 include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
-  # Machine code for every generation from Turing on, as far as the compiler has it, and PTX of the newest for those to
+  # Machine code for every generation from Ampere on, as far as the compiler has it, and PTX of the newest for those to
   # come. CMAKE_CUDA_ARCHITECTURES, or the environment's CUDAARCHS, takes its place. OFF keeps CMake from noting the
   # compiler's own default, which the next run would take for the user's choice.
   set(choose_architectures FALSE)
@@ -16,7 +16,7 @@ if(CMAKE_CUDA_COMPILER)
   if(choose_architectures)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
     set(CMAKE_CUDA_ARCHITECTURES)
-    foreach(architecture 75 80 86 89 90 100 120)
+    foreach(architecture 80 86 89 90 100 120)
       if(known MATCHES "sm_${architecture}\n")
         list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture}-real)
         set(newest ${architecture})

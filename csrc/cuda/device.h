@@ -48,16 +48,13 @@ inline constexpr int kWarp = 32;
 #define JAX_DCN_DEVICE __device__ __forceinline__
 #define JAX_DCN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "jax_dcn's CUDA kernels need compute capability 8.0: tensor core products of bfloat16 and TF32, cp.async, and more \
+than the 64 KB of shared memory that earlier GPUs have"
+#endif
+
 namespace jax_dcn {
 namespace cuda {
-
-// Whether the kernels multiply on tensor cores: below sm_80 there are none for bfloat16 and TF32, nor copies from
-// global to shared memory that pass the registers by.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr bool kTensorCores = false;
-#else
-inline constexpr bool kTensorCores = true;
-#endif
 
 // --- where a thread is, and its peers ---
 
@@ -97,23 +94,15 @@ JAX_DCN_DEVICE uint32_t SharedAddress(const void* shared) {
 // Copies 16 bytes from global to shared memory, or zeros if not `valid`. The copies between two commits are a group;
 // CopyWait<n> waits until all of the thread's groups but the last n have arrived.
 JAX_DCN_DEVICE void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
-#else
-  *to = valid ? *static_cast<const Vector16*>(from) : Vector16{};
-#endif
 }
 JAX_DCN_DEVICE void CopyCommit() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
 }
 template <int kPending>
 JAX_DCN_DEVICE void CopyWait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
 }
 
 // Loads four matrices of eight rows of 16 bytes, of which lane i names row i % 8 of matrix i / 8. Lane i receives word
@@ -135,17 +124,12 @@ JAX_DCN_DEVICE void LoadMatrix4Transposed(uint32_t (&to)[4], Shared<const Vector
 // --- tensor cores ---
 
 // c += a * b of 16 x 32 bytes by 32 bytes x 8: mma.m16n8k16 of 16-bit types, mma.m16n8k8 of TF32.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define JAX_DCN_MULTIPLY_ACCUMULATE(Tag, shape)                                                                \
   JAX_DCN_DEVICE void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tag) { \
     asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                          \
   }
-#else
-#define JAX_DCN_MULTIPLY_ACCUMULATE(Tag, shape) \
-  JAX_DCN_DEVICE void MultiplyAccumulate(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2], Tag) {}
-#endif
 JAX_DCN_MULTIPLY_ACCUMULATE(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 JAX_DCN_MULTIPLY_ACCUMULATE(Float16, "m16n8k16.row.col.f32.f16.f16.f32")
 JAX_DCN_MULTIPLY_ACCUMULATE(TF32, "m16n8k8.row.col.f32.tf32.tf32.f32")
@@ -200,13 +184,9 @@ JAX_DCN_DEVICE uint32_t PackPair(float first, float second, Float16) {
 
 // The nearest TF32, as a float.
 JAX_DCN_DEVICE float RoundToTF32(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
-#else
-  return value;
-#endif
 }
 
 JAX_DCN_DEVICE uint32_t FloatBits(float value) { return __float_as_uint(value); }

@@ -33,8 +33,6 @@
 namespace jax_dcn {
 namespace cuda {
 
-inline constexpr bool kTensorCores = true;
-
 namespace on_cpu {
 
 // Where in the sources a facility is called: as a default argument, where the function that has it is called.
