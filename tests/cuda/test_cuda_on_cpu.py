@@ -58,7 +58,9 @@ def test_awkward_geometries(programs, case, mode):
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("case", WIDE_TILES, ids=str)
 def test_wide_tiles(programs, case, mode):
-    check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
+    operands = case.operands(on_cpu.dtype_of(mode))
+    y = on_cpu.run(programs, case, mode, operands)
+    assert_close(mode, y, oracle.deform_conv2d(**{"mask": None, "bias": None, **operands}, **case.arguments), "y")
 
 
 @settings(
