@@ -1,7 +1,7 @@
 """What differs between jax 0.10 and 0.12, and every import from JAX's private modules."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from jax._src.dispatch import apply_primitive as apply_primitive
 from jax.extend import core
 from jax.interpreters import mlir
 from jax.interpreters import partial_eval as pe
-from jax.sharding import AxisType
 
 
 def def_dce_rule(primitive: core.Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]) -> None:
@@ -50,14 +49,3 @@ def partitions(ctx: mlir.LoweringRuleContext) -> bool:
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
     """Keeps an explicit mesh of the caller out of what is traced for one device, where jax 0.12 refuses a psum."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-
-
-def automatically_sharded(function: Callable[..., Any], results: Sequence[jax.Array]) -> Callable[..., Any]:
-    """Has XLA choose the shardings inside of the function where the caller's mesh has explicit axes.
-
-    Its results are sharded as these.
-    """
-    shardings = [jax.typeof(result).sharding for result in results]
-    if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
-        return jax.sharding.auto_axes(function, out_sharding=[sharding.spec for sharding in shardings])
-    return function

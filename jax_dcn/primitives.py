@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dcn import _compat, lowering, partitioning
 from jax_dcn.lowering import DOT
@@ -217,12 +217,23 @@ def _second_jvp(primitive, linear_in, xla, primals, tangents, *, names, implemen
     others = {name: tangent for name, tangent in moving.items() if not linear_in(name)}
     if others:
         # These are plain operations, whose types need not say how what they compute is sharded.
-        function = _compat.automatically_sharded(
+        function = _automatically_sharded(
             lambda operands: xla(*(operands[name] for name in names), names=names, **params), results
         )
         at = {name: operands[name] for name in others}
         terms.append(jax.jvp(lambda moved: function(operands | moved), (at,), (others,))[1])
     return results, [sum(term[1:], term[0]) for term in zip(*terms, strict=True)]
+
+
+def _automatically_sharded(function: Callable[..., Any], results: Sequence[jax.Array]) -> Callable[..., Any]:
+    """Has XLA choose the shardings inside of the function where the caller's mesh has explicit axes.
+
+    Its results are sharded as these.
+    """
+    shardings = [jax.typeof(result).sharding for result in results]
+    if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
+        return jax.sharding.auto_axes(function, out_sharding=[sharding.spec for sharding in shardings])
+    return function
 
 
 # --- registration ---

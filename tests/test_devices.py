@@ -150,9 +150,11 @@ def test_jit_over_a_mesh(implementation, data_format):
 
 
 def check_jit_over_a_mesh(data_format):
-    for name, sharing in SHARINGS.items():
+    # Plain XLA is slow to compile, and these two have what the others have.
+    native = os.environ["JAX_DCN_IMPLEMENTATION"] == "native"
+    for name in SHARINGS if native else ("both", "groups"):
         print(name)
-        check_sharing(sharing, data_format)
+        check_sharing(SHARINGS[name], data_format)
 
 
 def check_sharing(sharing, data_format):

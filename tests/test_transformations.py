@@ -227,12 +227,15 @@ def test_checkpoint(implementation, data_format, policy):
 SCANNED = Case("scanned", size=(3, 4), c_out=4, groups=2)
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-@cases.implementations_and_formats
-def test_scan(implementation, data_format, forward_mode):
+@pytest.mark.parametrize(
+    ("implementation", "forward_mode"),
+    [("native", False), ("native", True), ("xla", True)],
+    indirect=["implementation"],
+)
+def test_scan(implementation, forward_mode):
     operands = SCANNED.operands()
     operands["offset"] += 1 / 2048
-    f = cases.deform_conv2d(SCANNED, data_format, forward_mode=forward_mode)
+    f = cases.deform_conv2d(SCANNED, forward_mode=forward_mode)
 
     def step(x, weight):
         return f({**operands, "x": x, "weight": weight}), None
@@ -281,6 +284,7 @@ def test_eval_shape(implementation, data_format):
 # --- export ---
 
 
+@cases.implementations_and_formats
 def test_export_for_all_platforms_runs_in_another_process(implementation, data_format, tmp_path):
     """The result and, by the VJP that the artefact carries, the gradients, for a batch that was not exported."""
     (n,) = export.symbolic_shape("n")
