@@ -41,9 +41,13 @@ def equally_varying(*operands: jax.Array | None) -> list[jax.Array | None]:
 
 
 def partitions(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a program for several devices is lowered of which this is not yet one device's part."""
+    """Whether a program for several devices is lowered of which this is not yet one device's part.
+
+    Not for export: JAX cannot export how a custom partitioning works.
+    """
     context = ctx.module_context.axis_context
-    return isinstance(context, sharding_impls.ShardingContext) and context.num_devices > 1
+    several = isinstance(context, sharding_impls.ShardingContext) and context.num_devices > 1
+    return several and not ctx.module_context.lowering_parameters.for_export
 
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
