@@ -93,9 +93,17 @@ def test_fpn(name):
     assert_same_state_dict(mmcv.to_state_dict(model), case.state_dict)
 
 
-def test_nhwc():
+@pytest.fixture(scope="module")
+def small_state_dict():
+    return mmcv.load_checkpoint(mmcv.to_state_dict(build(SMALL)))
+
+
+def test_nhwc(small_state_dict):
     x = np.random.default_rng(0).normal(size=(1, 3, 33, 41)).astype(np.float32)
-    nchw, nhwc = build(SMALL), build(SMALL, data_format="NHWC")
+    nchw, nhwc = (
+        mmcv.load_into(abstract(build, SMALL, data_format=data_format), small_state_dict)
+        for data_format in ("NCHW", "NHWC")
+    )
     maps = run(nchw, x)
     assert [m.shape for m in maps] == [(1, 32, 9, 11), (1, 64, 5, 6)]
     assert_maps([jnp.moveaxis(m, 3, 1) for m in run(nhwc, np.moveaxis(x, 1, 3))], maps, "NHWC", 1e-6)
@@ -105,13 +113,13 @@ def test_nhwc():
     assert_maps([jnp.moveaxis(m, 3, 1) for m in outs_nhwc], outs, "NHWC", 1e-6)
 
 
-def test_bfloat16():
-    model = build(SMALL, dtype=jnp.bfloat16)
-    model.eval()
+def test_bfloat16(small_state_dict):
+    model = mmcv.load_into(abstract(build, SMALL, dtype=jnp.bfloat16), small_state_dict)
     x = np.random.default_rng(0).normal(size=(1, 3, 33, 41)).astype(np.float32)
-    expected = run(build(SMALL), x)
-    assert [m.dtype for m in run(model, x)] == [jnp.bfloat16] * 2
-    assert_maps([m.astype(jnp.float32) for m in run(model, x)], expected, "bfloat16", 0.03)
+    expected = run(mmcv.load_into(abstract(build, SMALL), small_state_dict), x)
+    maps = run(model, x)
+    assert [m.dtype for m in maps] == [jnp.bfloat16] * 2
+    assert_maps([m.astype(jnp.float32) for m in maps], expected, "bfloat16", 0.03)
 
 
 # --- training ---
