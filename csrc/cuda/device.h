@@ -33,6 +33,13 @@ struct BlockIndices {
 
 inline constexpr int kWarp = 32;
 
+// How far a loop of two rounds is unrolled that has few registers to spare: ptxas spills some on sm_80 if it is.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kTightUnroll = 1;
+#else
+inline constexpr int kTightUnroll = 2;
+#endif
+
 }  // namespace cuda
 }  // namespace jax_dcn
 

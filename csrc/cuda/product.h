@@ -48,7 +48,7 @@ class TensorProduct {
   // Adds the product of a stage.
   JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right) {
     const int lane = ThreadIndex() % kWarp;
-#pragma unroll
+#pragma unroll(kTransposed ? kTightUnroll : 2)
     for (int step = 0; step < 2; ++step) {
       uint32_t a[kTilesDown][4];
       for (int i = 0; i < kTilesDown; ++i) LoadLeft(left, step, FirstRow() + i * 16, lane, a[i]);
