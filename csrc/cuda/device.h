@@ -56,7 +56,8 @@ inline constexpr int kTightUnroll = 2;
 #define JAX_DCN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "jax_dcn's CUDA kernels need compute capability 8.0: tensor core products of bfloat16 and TF32, cp.async, and more \
+#error \
+    "jax_dcn's CUDA kernels need compute capability 8.0: tensor core products of bfloat16 and TF32, cp.async, and more \
 than the 64 KB of shared memory that earlier GPUs have"
 #endif
 
@@ -104,9 +105,7 @@ JAX_DCN_DEVICE void CopyAsync16(Shared<Vector16> to, const void* from, bool vali
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
-JAX_DCN_DEVICE void CopyCommit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
+JAX_DCN_DEVICE void CopyCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 JAX_DCN_DEVICE void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

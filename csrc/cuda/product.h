@@ -202,8 +202,8 @@ class PlainProduct {
 // The product of operands of type T, of kind Tag.
 template <class T, class Tag, int kColumns, bool kTransposed = false>
 using Product =
-    std::conditional_t<sizeof(T) == 2 || std::is_same_v<Tag, TF32>,
-                       TensorProduct<T, Tag, kColumns, kTransposed>, PlainProduct<T, kColumns, kTransposed>>;
+    std::conditional_t<sizeof(T) == 2 || std::is_same_v<Tag, TF32>, TensorProduct<T, Tag, kColumns, kTransposed>,
+                       PlainProduct<T, kColumns, kTransposed>>;
 
 // --- the loop over the stages ---
 
