@@ -32,7 +32,8 @@ def pytest_runtest_makereport(item, call):
     if allowed is not None and report.skipped:
         _, _, reason = report.longrepr
         if not re.search(allowed, reason):
-            report.outcome, report.longrepr = "failed", f"{reason}, which JAX_DCN_ALLOWED_SKIPS={allowed} does not allow"
+            report.outcome = "failed"
+            report.longrepr = f"{reason}, which JAX_DCN_ALLOWED_SKIPS={allowed} does not allow"
     return report
 
 
