@@ -23,6 +23,7 @@ if(CMAKE_CUDA_COMPILER)
       endif()
     endforeach()
     list(APPEND CMAKE_CUDA_ARCHITECTURES ${newest}-virtual)
+    list(APPEND CMAKE_CUDA_ARCHITECTURES 80-virtual)
   endif()
 endif()
 

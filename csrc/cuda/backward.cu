@@ -1,33 +1,38 @@
-#include "layout.h"
-
 #include "backward.h"
+
+#include <algorithm>
+
 #include "launcher.h"
+#include "layout.h"
 
 namespace jax_dcn {
 namespace cuda {
 namespace {
 
+// Four blocks for each of an H200's 132 processors, so that an uneven share costs little.
+constexpr int64_t kWeightBlocks = 528;
+
+// Parts of 64 stages of some pixels each at least, with sums of no more than 64 MB, which are written and read once.
+// `blocks` and `bytes` are of a part.
+PixelParts PlanParts(int64_t pixels, int64_t stage, int64_t blocks, int64_t bytes) {
+  constexpr int64_t kLeastStages = 64;
+  constexpr int64_t kMostBytes = 64 << 20;
+  const int64_t parts = std::max<int64_t>(
+      1, std::min({CeilDiv(pixels, kLeastStages * stage), CeilDiv(kWeightBlocks, blocks), kMostBytes / bytes}));
+  const int64_t part_pixels = RoundUp(CeilDiv(pixels, parts), stage);
+  return {part_pixels == 0 ? 0 : static_cast<int>(CeilDiv(pixels, part_pixels)), part_pixels};
+}
+
 template <class A>
 WeightParts PlanWeightParts(const Problem& p) {
   using T = typename A::T;
-  // Four blocks for each of an H200's 132 processors, so that an uneven share costs little, of 64 stages at least, and
-  // sums of no more than 64 MB, which are written and read once.
-  constexpr int64_t kBlocks = 528;
-  constexpr int64_t kLeastStages = 64;
-  constexpr int64_t kMostBytes = 64 << 20;
   WeightParts w{};
   w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.group_in, kRows));
-  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, kBlocks);
+  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, kWeightBlocks);
   w.column_tiles = static_cast<int>(CeilDiv(p.group_out, w.columns));
   w.parts = 1;
-  const int64_t wanted = CeilDiv(kBlocks, w.blocks(p));
-  const int64_t fitting = kMostBytes / (w.size(p) * static_cast<int64_t>(sizeof(Accumulation<T>)));
-  int64_t parts = CeilDiv(p.pixels, kLeastStages * kStage<T>);
-  parts = parts < wanted ? parts : wanted;
-  parts = parts < fitting ? parts : fitting;
-  parts = parts > 1 ? parts : 1;
-  w.part_pixels = RoundUp(CeilDiv(p.pixels, parts), kStage<T>);
-  w.parts = w.part_pixels == 0 ? 0 : static_cast<int>(CeilDiv(p.pixels, w.part_pixels));
+  static_cast<PixelParts&>(w) =
+      PlanParts(p.pixels, kStage<T>, w.blocks(p), w.size(p) * int64_t{sizeof(Accumulation<T>)});
   return w;
 }
 
@@ -38,32 +43,45 @@ struct BackwardPlan {
   using Real = Accumulation<T>;
 
   BackwardPlan(const Geometry& g, const Wanted& wanted, void* workspace)
-      : problem(g, kChannelVector<T>),
+      : small_groups(g),
+        problem(ProblemOf<A>(g)),
+        pads_out(!A::kSmallGroups && problem.pads_out()),
         want_samples(wanted.x || wanted.offset || wanted.mask),
         packed(problem, true, kChannels, kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()),
-        weight_parts(PlanWeightParts<A>(problem)),
         bias_parts(CeilDiv(problem.pixels, kBiasPixels)) {
-    if (!want_samples) packed.vectors = 0;
-    const bool product = want_samples || wanted.weight;
+    if (!want_samples || A::kSmallGroups) packed.vectors = 0;
+    if constexpr (A::kSmallGroups) {
+      const int64_t blocks = int64_t{problem.taps} * small_groups.tiles();
+      weight_size = g.weights();
+      static_cast<PixelParts&>(weight_parts) =
+          PlanParts(problem.pixels, kTilePixels, blocks, weight_size * int64_t{sizeof(Real)});
+    } else {
+      weight_parts = PlanWeightParts<A>(problem);
+      weight_size = weight_parts.size(problem);
+    }
+    const bool sampled = want_samples || wanted.weight;
     const int64_t grad_y = problem.pixels * problem.groups * problem.padded_group_out;
     Carver carver(workspace);
-    weights = carver.Take<Vector16>(product ? packed.vectors + zeros : 0);
-    padded_x = carver.Take<T>(product && problem.pads_in() ? input_pixels * problem.c_in : 0);
-    padded_grad_y = carver.Take<T>(product && problem.pads_out() ? grad_y : 0);
+    weights = carver.Take<Vector16>(sampled ? packed.vectors + zeros : 0);
+    padded_x = carver.Take<T>(sampled && problem.pads_in() ? input_pixels * problem.c_in : 0);
+    padded_grad_y = carver.Take<T>(sampled && pads_out ? grad_y : 0);
     padded_grad_x = carver.Take<Real>(wanted.x && problem.pads_in() ? input_pixels * problem.c_in : 0);
-    weight_sums = carver.Take<Real>(wanted.weight ? weight_parts.parts * weight_parts.size(problem) : 0);
+    weight_sums = carver.Take<Real>(wanted.weight ? weight_parts.parts * weight_size : 0);
     bias_sums = carver.Take<Real>(wanted.bias ? bias_parts * g.c_out : 0);
     bytes = carver.used();
   }
 
+  SmallGroups small_groups;
   Problem problem;
+  bool pads_out;
   bool want_samples;  // gradients of the samples
   PackedWeight packed;
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
-  WeightParts weight_parts;
+  WeightParts weight_parts{};
+  int64_t weight_size;  // elements of the sums of a part
   int64_t bias_parts;
 
   Vector16* weights;
@@ -86,7 +104,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
                       arrays.grad_bias.data != nullptr};
   const BackwardPlan<A> plan(g, wanted, workspace);
   const Problem& p = plan.problem;
-  const int c_out = p.groups * p.group_out;
+  const int c_out = static_cast<int>(g.c_out);
   Real* grad_x = static_cast<Real*>(arrays.grad_x.data);
   Real* grad_weight = static_cast<Real*>(arrays.grad_weight.data);
   Real* grad_bias = static_cast<Real*>(arrays.grad_bias.data);
@@ -100,15 +118,16 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   }
 
   const T* grad_y = static_cast<const T*>(arrays.grad_y.data);
+  const T* weight = static_cast<const T*>(arrays.weight.data);
   if (wanted.bias) {
     launcher.Run("GradBias", GradBiasKernel<T>, plan.bias_parts * CeilDiv(c_out, kBiasColumns),
                  kThreads * static_cast<int>(sizeof(Real)), p.pixels, c_out, grad_y, plan.bias_sums);
-    launcher.RunForEach("ReduceBias", ReduceBiasKernel<Real>, c_out, plan.bias_parts, c_out, plan.bias_sums, grad_bias);
+    launcher.RunForEach("ReduceBias", ReduceKernel<Real>, c_out, plan.bias_parts, c_out, plan.bias_sums, grad_bias);
   }
   if (!plan.want_samples && !wanted.weight) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed,
-                      static_cast<const T*>(arrays.weight.data), plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed, weight,
+                      plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   const int64_t runs = plan.input_pixels * (p.c_in / p.padded_unit);
@@ -116,7 +135,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     Pad(launcher, samples.x, runs, p.unit, p.padded_unit, plan.padded_x);
     samples.x = plan.padded_x;
   }
-  if (p.pads_out()) {
+  if (plan.pads_out) {
     Pad(launcher, grad_y, p.pixels * p.groups, p.group_out, p.padded_group_out, plan.padded_grad_y);
     grad_y = plan.padded_grad_y;
   }
@@ -125,20 +144,35 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     Real* sums = wanted.x && p.pads_in() ? plan.padded_grad_x : grad_x;
     if (wanted.x) launcher.Zero("grad_x", sums, plan.input_pixels * p.c_in * static_cast<int64_t>(sizeof(Real)));
     const bool in_order = wanted.x && deterministic;
-    if (in_order) {
-      launcher.Run("GradXInOrder", GradXInOrderKernel<T, Tag>, g.batch * p.groups * plan.packed.tiles,
-                   GradSamplesMemory<T>::kBytes, p, samples, grad_y, plan.weights, plan.packed.stages, sums);
-    }
-    if (!in_order || wanted.offset || wanted.mask) {
-      launcher.Run("GradSamples", GradSamplesKernel<T, Tag>, CeilDiv(p.pixels, kRows) * p.taps,
-                   GradSamplesMemory<T>::kBytes, p, samples, grad_y, plan.weights, plan.packed.stages,
-                   in_order ? nullptr : sums, arrays.grad_offset, arrays.grad_mask);
+    const auto run = [&](const auto& grads) {
+      using Grads = std::decay_t<decltype(grads)>;
+      if (in_order) {
+        launcher.Run("GradXInOrder", GradXInOrderKernel<Grads>, g.batch * ChannelParts(p), GradSamplesMemory<T>::kBytes,
+                     p, samples, grads, sums);
+      }
+      if (!in_order || wanted.offset || wanted.mask) {
+        launcher.Run("GradSamples", GradSamplesKernel<Grads>, CeilDiv(p.pixels, kRows) * p.taps,
+                     GradSamplesMemory<T>::kBytes, p, samples, grads, in_order ? nullptr : sums, arrays.grad_offset,
+                     arrays.grad_mask);
+      }
+    };
+    if constexpr (A::kSmallGroups) {
+      run(SmallGroupsGrads<T>{plan.small_groups, grad_y, weight});
+    } else {
+      run(ProductGrads<T, Tag>{grad_y, plan.weights, plan.packed.stages});
     }
     if (wanted.x && p.pads_in()) {
       launcher.RunForEach("Unpad", UnpadKernel<Real>, runs * p.unit, sums, runs, p.unit, p.padded_unit, grad_x);
     }
   }
-  if (wanted.weight) {
+  if (!wanted.weight) return launcher.status();
+  if constexpr (A::kSmallGroups) {
+    launcher.Run("GradWeightSmallGroups", GradWeightSmallGroupsKernel<T>,
+                 int64_t{plan.weight_parts.parts} * p.taps * plan.small_groups.tiles(), SampleTiles<Real>::kBytes, p,
+                 plan.small_groups, samples, grad_y, plan.weight_parts, plan.weight_sums);
+    launcher.RunForEach("ReduceWeight", ReduceKernel<Real>, g.weights(), plan.weight_parts.parts, g.weights(),
+                        plan.weight_sums, grad_weight);
+  } else {
     WithColumns<A::kTransposedColumns>(plan.weight_parts.columns, [&](auto columns) {
       launcher.Run("GradWeight", GradWeightKernel<T, Tag, columns>, plan.weight_parts.blocks(p),
                    kProductSharedBytes<T, columns, true>, p, samples, grad_y, plan.weight_parts, plan.weight_sums);
@@ -152,13 +186,13 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
 }  // namespace
 
 int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType dtype, const Options& options) {
-  return WithArithmetic(dtype, options.precision,
+  return WithArithmetic(geometry, dtype, options.precision,
                         [&](auto a) { return BackwardPlan<decltype(a)>(geometry, wanted, nullptr).bytes; });
 }
 
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
                 cudaStream_t stream) {
-  return WithArithmetic(arrays.x.dtype, options.precision, [&](auto a) {
+  return WithArithmetic(geometry, arrays.x.dtype, options.precision, [&](auto a) {
     return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, stream);
   });
 }

@@ -7,11 +7,13 @@
 //  - GradWeight: a block takes a part of the pixels, 128 rows of the weight (taps and channels) and a tile of output
 //    channels, and multiplies the samples, which it makes again, with grad_y. The sums of the parts are added up in
 //    their order by ReduceWeight.
-//  - GradBias and ReduceBias: likewise.
+//  - GradBias and Reduce: likewise.
+// Small groups have kernels of their own for the gradients of their samples and weights.
 
 #pragma once
 
 #include "forward.h"
+#include "small_groups.h"
 
 namespace jax_dcn {
 namespace cuda {
@@ -51,7 +53,7 @@ class GradRows {
   Vector16 vector_[kOwn];
 };
 
-// The located samples of a block's pixels, in shared memory, field by field.
+// kRows located samples, in shared memory, field by field.
 template <class Real>
 class LocatedSamples {
  public:
@@ -62,13 +64,11 @@ class LocatedSamples {
         real_(SharedMemory<Real>(byte + kRows * 8)),
         flags_(SharedMemory<int>(byte + kRows * (8 + 7 * int{sizeof(Real)}))) {}
 
-  // Those of a tap of a deform group, of the pixels before `end`; a barrier must follow.
+  // Locates one, at a tap of a deform group; pixels from `end` on sample nothing. A barrier must follow.
   template <class T>
-  JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int tap,
+  JAX_DCN_DEVICE void Locate(int row, const Problem& p, const Samples<T>& samples, int64_t index, int64_t end, int tap,
                              int deform_group) {
-    const int row = ThreadIndex();
-    if (row >= kRows) return;
-    const OutputPixel pixel(p, first_pixel + row);
+    const OutputPixel pixel(p, index);
     Displacement<Real> displacement;
     displacement.Load(p, samples, pixel.index, end, tap, deform_group);
     const Sample<Real> s = displacement.Locate(p, pixel, tap);
@@ -136,12 +136,17 @@ struct GradSamplesMemory {
   static constexpr int kBytes = kSums + kCorners * kRows * int{sizeof(Real)};
 };
 
-// The channels of a part, one of the groups * tiles products that make all channels of a tap.
+// The parts that make all channels of a tap.
+JAX_DCN_INLINE int ChannelParts(const Problem& p) {
+  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels));
+}
+
+// The channels of a part.
 struct ChannelPart {
   int group, first, end;
 
   JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
-    const int tiles = static_cast<int>(CeilDiv(p.group_in, kChannels));
+    const int tiles = ChannelParts(p) / p.groups;
     group = part / tiles;
     first = group * p.group_in + part % tiles * kChannels;
     const int group_end = (group + 1) * p.group_in;
@@ -149,40 +154,79 @@ struct ChannelPart {
   }
 };
 
-// The gradients of a part's samples, into shared memory; a barrier must follow, and one before the next call. The
-// packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of the stage).
-template <class T, class Tag>
-JAX_DCN_DEVICE void MultiplyGrads(const Problem& p, const T* grad_y, const Vector16* weights, int stages,
-                                  int64_t first_pixel, int tap, int part, Shared<Accumulation<T>> grads) {
-  const int64_t parts = p.groups * CeilDiv(p.group_in, kChannels);
-  GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart(p, part).group);
-  const CopyPacked<kChannels> right{weights + (tap * parts + part) * stages * kChannels * kStageVectors};
-  Product<T, Tag, kChannels> product;
-  MultiplyStages<T, kChannels, false>(stages, left, right, product);
-  SyncThreads();
-  product.ForEach([&](int row, int column, const auto& values) {
-    for (int i = 0; i < decltype(product)::kRun; ++i) {
-      grads[row * kGradPitch<Accumulation<T>> + column + i] = values[i];
+// What makes the gradients of a part's samples, in shared memory, by products. A barrier must follow a call, and one
+// stand before the next. The packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of
+// the stage).
+template <class T_, class Tag>
+struct ProductGrads {
+  using T = T_;
+  const T* grad_y;
+  const Vector16* weights;
+  int stages;
+
+  JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
+                           Shared<Accumulation<T>> grads) const {
+    const int64_t parts = ChannelParts(p);
+    GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart(p, part).group);
+    const CopyPacked<kChannels> right{weights + (tap * parts + part) * stages * kChannels * kStageVectors};
+    Product<T, Tag, kChannels> product;
+    MultiplyStages<T, kChannels, false>(stages, left, right, product);
+    SyncThreads();
+    product.ForEach([&](int row, int column, const auto& values) {
+      for (int i = 0; i < decltype(product)::kRun; ++i) {
+        grads[row * kGradPitch<Accumulation<T>> + column + i] = values[i];
+      }
+    });
+  }
+};
+
+// The same for small groups. Each thread makes those of a channel of every fourth pixel.
+template <class T_>
+struct SmallGroupsGrads {
+  using T = T_;
+  SmallGroups groups;
+  const T* grad_y;
+  const T* weight;
+
+  JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
+                           Shared<Accumulation<T>> grads) const {
+    using Real = Accumulation<T>;
+    constexpr int kApart = kThreads / kChannels;
+    const int column = ThreadIndex() % kChannels;
+    const int padded = ChannelPart(p, part).first + column;
+    const int channel = padded < p.c_in ? p.Unpadded(padded) : -1;
+    for (int row = ThreadIndex() / kChannels; row < kRows; row += kApart) {
+      const int64_t pixel = first_pixel + row;
+      Real sum = 0;
+      if (channel >= 0 && pixel < p.pixels) {
+        const int first_out = channel / groups.group_in * groups.group_out;
+        const T* grad = grad_y + pixel * groups.c_out() + first_out;
+        const T* by = weight + groups.Weight(tap, channel % groups.group_in, first_out);
+        for (int out = 0; out < groups.group_out; ++out) sum += ToReal(grad[out]) * ToReal(by[out]);
+      }
+      grads[row * kGradPitch<Real> + column] = sum;
     }
-  });
-}
+  }
+};
 
 // grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
-template <class T, class Tag>
+template <class Grads, class T = typename Grads::T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradSamplesKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
-                      Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
+    GradSamplesKernel(Problem p, Samples<T> samples, Grads make_grads, Accumulation<T>* grad_x, Array grad_offset,
+                      Array grad_mask) {
   using Real = Accumulation<T>;
   using Located = LocatedSamples<Real>;
-  // Eight threads visit a pixel, each four channels at a time, so that a warp's accesses are of 128 bytes in a row.
-  constexpr int kPixelThreads = 8;
-  constexpr int kRoundPixels = kThreads / kPixelThreads;
+  // Up to eight threads visit a pixel, each four channels at a time, so that a warp's accesses are of 128 bytes in a
+  // row. They are fewer where that would be more channels than a deform group has.
+  int pixel_threads = 8;
+  while (pixel_threads > 1 && pixel_threads * 4 > p.deform_in) pixel_threads /= 2;
+  const int round_pixels = kThreads / pixel_threads;
 
   const int thread = ThreadIndex();
   const int tap = BlockIndex().x % p.taps;
   const int64_t first_pixel = static_cast<int64_t>(BlockIndex().x / p.taps) * kRows;
   const bool want_sums = grad_offset.data != nullptr || grad_mask.data != nullptr;
-  const int tiles = static_cast<int>(CeilDiv(p.group_in, kChannels));
+  const int parts = ChannelParts(p);
   const int64_t row_stride = int64_t{p.width} * p.c_in;
   Located located(GradSamplesMemory<T>::kLocated);
   const Shared<Real> grads = SharedMemory<Real>(0);
@@ -190,19 +234,19 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   // Of gradient times corner value over the channels of a deform group so far: (corner, row). The first thread of a
   // pixel keeps them, in shared memory, as it has no registers left during a product.
   const Shared<Real> sums = SharedMemory<Real>(GradSamplesMemory<T>::kSums);
-  const bool keeps_sums = thread % kPixelThreads == 0;
+  const bool keeps_sums = thread % pixel_threads == 0;
   const auto clear_sums = [&](int row) {
     for (int k = 0; k < kCorners; ++k) sums[k * kRows + row] = Real(0);
   };
-  for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) clear_sums(row);
+  for (int row = thread / pixel_threads; row < kRows && keeps_sums; row += round_pixels) clear_sums(row);
 
   // Channels [begin, end) lie in one deform group; `first` is that of column 0 of the product.
   const auto visit = [&](int begin, int end, int first) {
-    for (int row = thread / kPixelThreads; row < kRows; row += kRoundPixels) {
+    for (int row = thread / pixel_threads; row < kRows; row += round_pixels) {
       const int flags = located.flags(row);
       Real own[kCorners] = {};
       const int64_t corner = located.corner(row) * p.c_in;
-      for (int c = begin + thread % kPixelThreads * 4; c < end && flags != 0; c += kPixelThreads * 4) {
+      for (int c = begin + thread % pixel_threads * 4; c < end && flags != 0; c += pixel_threads * 4) {
         Real grad[4];
         for (int i = 0; i < 4; i += kVector<Real>) {
           Real part[kVector<Real>];
@@ -226,7 +270,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
       }
       if (want_sums) {
         for (int k = 0; k < kCorners; ++k) {
-          for (int lanes = kPixelThreads / 2; lanes > 0; lanes /= 2) own[k] += ShuffleXor(own[k], lanes);
+          for (int lanes = pixel_threads / 2; lanes > 0; lanes /= 2) own[k] += ShuffleXor(own[k], lanes);
           if (keeps_sums) sums[k * kRows + row] = sums[k * kRows + row] + own[k];
         }
       }
@@ -235,7 +279,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 
   // Writes the gradients of a deform group's offset and mask, and begins the sums of the next.
   const auto finish = [&](int deform_group) {
-    for (int row = thread / kPixelThreads; row < kRows && keeps_sums; row += kRoundPixels) {
+    for (int row = thread / pixel_threads; row < kRows && keeps_sums; row += round_pixels) {
       if (first_pixel + row >= p.pixels) break;
       // An invalid sample has no gradient, not even where grad_y is infinite.
       const bool valid = (located.flags(row) & Located::kValid) != 0;
@@ -254,17 +298,17 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 
   int located_group = -1;
 #pragma unroll 1
-  for (int part = 0; part < p.groups * tiles; ++part) {
+  for (int part = 0; part < parts; ++part) {
     const int first = ChannelPart(p, part).first;
     const int end = ChannelPart(p, part).end;
-    MultiplyGrads<T, Tag>(p, grad_y, weights, stages, first_pixel, tap, part, grads);
+    make_grads.Make(p, first_pixel, tap, part, grads);
     for (int begin = first; begin < end;) {
       const int deform_group = begin / p.deform_in;
       const int deform_end = (deform_group + 1) * p.deform_in;
       const int run_end = deform_end < end ? deform_end : end;
       if (deform_group != located_group) {
         SyncThreads();
-        located.Locate(p, samples, first_pixel, p.pixels, tap, deform_group);
+        if (thread < kRows) located.Locate(thread, p, samples, first_pixel + thread, p.pixels, tap, deform_group);
         located_group = deform_group;
       }
       if (begin == first || deform_group * p.deform_in == begin) SyncThreads();
@@ -277,19 +321,24 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 }
 
 // grad_x alone, in the same order in every run: a block owns the channels of a part of an image, and each of its
-// threads a channel, to which it adds sample after sample. So few threads that wait for memory are slow, tens of times
-// slower than atomics.
-template <class T, class Tag>
+// threads a channel, to which it adds sample after sample. So few threads that wait for memory are slow, about ten
+// times slower than atomics.
+template <class Grads, class T = typename Grads::T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradXInOrderKernel(Problem p, Samples<T> samples, const T* grad_y, const Vector16* weights, int stages,
-                       Accumulation<T>* grad_x) {
+    GradXInOrderKernel(Problem p, Samples<T> samples, Grads make_grads, Accumulation<T>* grad_x) {
   using Real = Accumulation<T>;
-  const int parts = p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels));
+  const int parts = ChannelParts(p);
   const int part = BlockIndex().x % parts;
   const int64_t first_pixel = BlockIndex().x / parts * p.image_out;
   const int64_t end_pixel = first_pixel + p.image_out;
   const ChannelPart channels(p, part);
-  const int channel = channels.first + ThreadIndex();
+  const int thread = ThreadIndex();
+  const int channel = channels.first + thread;
+  const int64_t row_stride = int64_t{p.width} * p.c_in;
+  // The deform groups of the part; located together, they leave room for so many pixels.
+  const int first_group = channels.first / p.deform_in;
+  const int groups = (channels.end - 1) / p.deform_in - first_group + 1;
+  const int located_pixels = kRows / groups;
   LocatedSamples<Real> located(GradSamplesMemory<T>::kLocated);
   const Shared<Real> grads = SharedMemory<Real>(0);
 
@@ -297,18 +346,28 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   for (int64_t pixel = first_pixel; pixel < end_pixel; pixel += kRows) {
 #pragma unroll 1
     for (int tap = 0; tap < p.taps; ++tap) {
-      MultiplyGrads<T, Tag>(p, grad_y, weights, stages, pixel, tap, part, grads);
-      for (int group = channels.first / p.deform_in; group * p.deform_in < channels.end; ++group) {
-        located.Locate(p, samples, pixel, end_pixel, tap, group);
+      make_grads.Make(p, pixel, tap, part, grads);
+#pragma unroll 1
+      for (int first_row = 0; first_row < kRows; first_row += located_pixels) {
+        const int end_row = first_row + located_pixels < kRows ? first_row + located_pixels : kRows;
+        if (thread < (end_row - first_row) * groups) {
+          located.Locate(thread, p, samples, pixel + first_row + thread / groups, end_pixel, tap,
+                         first_group + thread % groups);
+        }
         SyncThreads();
-        if (channel < channels.end && channel / p.deform_in == group) {
-          for (int row = 0; row < kRows; ++row) {
-            const int flags = located.flags(row);
-            Real* corner = grad_x + located.corner(row) * p.c_in + channel;
-            for (int k = 0; k < kCorners; ++k) {
-              if ((flags >> k & 1) == 0) continue;
-              corner[(k & 1) * p.c_in + (k >> 1) * int64_t{p.width} * p.c_in] +=
-                  grads[row * kGradPitch<Real> + ThreadIndex()] * located.weight(k, row);
+        for (int row = first_row; row < end_row && channel < channels.end; ++row) {
+          const int at = (row - first_row) * groups + channel / p.deform_in - first_group;
+          const int flags = located.flags(at);
+          const Real grad = grads[row * kGradPitch<Real> + thread];
+          Real* corner = grad_x + located.corner(at) * p.c_in + channel;
+          // All four are loaded before one is stored, as the compiler cannot know that they are apart.
+          Real sum[kCorners];
+          for (int k = 0; k < kCorners; ++k) {
+            if ((flags >> k & 1) != 0) sum[k] = corner[(k & 1) * p.c_in + (k >> 1) * row_stride];
+          }
+          for (int k = 0; k < kCorners; ++k) {
+            if ((flags >> k & 1) != 0) {
+              corner[(k & 1) * p.c_in + (k >> 1) * row_stride] = sum[k] + grad * located.weight(k, at);
             }
           }
         }
@@ -320,11 +379,9 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 
 // --- gradient of the weight ---
 
-// How the blocks of GradWeight share the work; a function of the sizes alone, as it decides the order of the sums.
-struct WeightParts {
+// How the blocks of GradWeight share the work.
+struct WeightParts : PixelParts {
   int columns, row_tiles, column_tiles;
-  int parts;
-  int64_t part_pixels;
 
   int64_t blocks(const Problem& p) const { return int64_t{parts} * p.groups * row_tiles * column_tiles; }
   // Elements of the sums of a part: (group, row, column), padded.
@@ -479,13 +536,14 @@ JAX_DCN_GLOBAL void GradBiasKernel(int64_t pixels, int c_out, const T* grad_y, A
   }
 }
 
+// A thread adds up one of `size` elements.
 template <class Real>
-JAX_DCN_GLOBAL void ReduceBiasKernel(int64_t parts, int c_out, const Real* sums, Real* grad_bias) {
-  const int64_t column = GlobalThread();
-  if (column >= c_out) return;
+JAX_DCN_GLOBAL void ReduceKernel(int64_t parts, int64_t size, const Real* sums, Real* gradient) {
+  const int64_t i = GlobalThread();
+  if (i >= size) return;
   Real sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += sums[part * c_out + column];
-  grad_bias[column] = sum;
+  for (int64_t part = 0; part < parts; ++part) sum += sums[part * size + i];
+  gradient[i] = sum;
 }
 
 }  // namespace cuda

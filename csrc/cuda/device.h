@@ -71,6 +71,7 @@ JAX_DCN_DEVICE BlockIndices BlockIndex() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
 }
 JAX_DCN_DEVICE void SyncThreads() { __syncthreads(); }
+JAX_DCN_DEVICE void SyncWarp() { __syncwarp(); }
 template <class T>
 JAX_DCN_DEVICE T ShuffleXor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);

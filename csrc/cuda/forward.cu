@@ -13,17 +13,20 @@ struct ForwardPlan {
   using T = typename A::T;
 
   ForwardPlan(const Geometry& g, void* workspace)
-      : problem(g, kChannelVector<T>),
+      : small_groups(g),
+        problem(ProblemOf<A>(g)),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
         packed(problem, false, TileColumns<A::kColumns>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
+    if (A::kSmallGroups) packed.vectors = 0;
     Carver carver(workspace);
     weights = carver.Take<Vector16>(packed.vectors + zeros);
     padded_x = carver.Take<T>(problem.pads_in() ? input_pixels * problem.c_in : 0);
     bytes = carver.used();
   }
 
+  SmallGroups small_groups;
   Problem problem;
   int64_t pixel_tiles;
   PackedWeight packed;
@@ -40,35 +43,43 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   using Tag = typename A::Tag;
   const ForwardPlan<A> plan(g, workspace);
   const Problem& p = plan.problem;
+  const T* weight = static_cast<const T*>(arrays.weight.data);
+  const T* bias = static_cast<const T*>(arrays.bias.data);
+  T* y = static_cast<T*>(arrays.y.data);
   Launcher launcher(stream);
   if (p.pixels == 0) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed,
-                      static_cast<const T*>(arrays.weight.data), plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed, weight,
+                      plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   if (p.pads_in()) {
     Pad(launcher, samples.x, plan.input_pixels * (p.c_in / p.padded_unit), p.unit, p.padded_unit, plan.padded_x);
     samples.x = plan.padded_x;
   }
-  WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
-    launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
-                 kProductSharedBytes<T, columns, false>, p, samples, plan.weights, plan.packed.stages,
-                 static_cast<const T*>(arrays.bias.data), static_cast<T*>(arrays.y.data));
-  });
+  if constexpr (A::kSmallGroups) {
+    launcher.Run("ForwardSmallGroups", ForwardSmallGroupsKernel<T>,
+                 CeilDiv(p.pixels, kTilePixels) * plan.small_groups.tiles(), SampleTiles<Accumulation<T>>::kBytes, p,
+                 plan.small_groups, samples, weight, bias, y);
+  } else {
+    WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
+      launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
+                   kProductSharedBytes<T, columns, false>, p, samples, plan.weights, plan.packed.stages, bias, y);
+    });
+  }
   return launcher.status();
 }
 
 }  // namespace
 
 int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
-  return WithArithmetic(dtype, options.precision,
+  return WithArithmetic(geometry, dtype, options.precision,
                         [&](auto a) { return ForwardPlan<decltype(a)>(geometry, nullptr).bytes; });
 }
 
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
                cudaStream_t stream) {
-  return WithArithmetic(arrays.x.dtype, options.precision,
+  return WithArithmetic(geometry, arrays.x.dtype, options.precision,
                         [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, stream); });
 }
 

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "problem.h"
 #include "product.h"
+#include "small_groups.h"
 
 namespace jax_dcn {
 namespace cuda {
@@ -76,18 +77,35 @@ struct Arithmetic {
   // of TF32, transposed, load them word by word.
   static constexpr int kColumns = sizeof(T) > 2 && std::is_same_v<T, Tag> ? 128 : 256;
   static constexpr int kTransposedColumns = sizeof(T) > 2 ? 128 : 256;
+  static constexpr bool kSmallGroups = false;
 };
 
-// Calls function(Arithmetic of the type).
+// By the kernels of small_groups.h.
+template <class A>
+struct InSmallGroups : A {
+  static constexpr bool kSmallGroups = true;
+};
+
+// Calls function(Arithmetic of the type, perhaps InSmallGroups).
 template <class Function>
-auto WithArithmetic(DType dtype, Precision precision, const Function& function) {
+auto WithArithmetic(const Geometry& g, DType dtype, Precision precision, const Function& function) {
+  const auto choose = [&](auto a) {
+    return IsSmallGroup<decltype(a)>(g) ? function(InSmallGroups<decltype(a)>()) : function(a);
+  };
   switch (dtype) {
-    case DType::kBFloat16: return function(Arithmetic<BFloat16, BFloat16>());
-    case DType::kFloat16: return function(Arithmetic<Float16, Float16>());
-    case DType::kFloat64: return function(Arithmetic<double, double>());
+    case DType::kBFloat16: return choose(Arithmetic<BFloat16, BFloat16>());
+    case DType::kFloat16: return choose(Arithmetic<Float16, Float16>());
+    case DType::kFloat64: return choose(Arithmetic<double, double>());
     case DType::kFloat32: break;
   }
-  return precision == Precision::kHighest ? function(Arithmetic<float, float>()) : function(Arithmetic<float, TF32>());
+  return precision == Precision::kHighest ? choose(Arithmetic<float, float>()) : choose(Arithmetic<float, TF32>());
+}
+
+// The problem as the kernels see it.
+template <class A>
+Problem ProblemOf(Geometry g) {
+  if (A::kSmallGroups) g.groups = 1;
+  return Problem(g, kChannelVector<typename A::T>);
 }
 
 // Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few

@@ -57,7 +57,8 @@ struct Problem {
   bool pads_in() const { return unit != padded_unit; }
   bool pads_out() const { return group_out != padded_group_out; }
 
-  // The channel within its group that a padded one stands for, or -1.
+  // The padded channel that stands for one of the first group, and the inverse: of what is only padding, -1.
+  JAX_DCN_INLINE int Padded(int channel) const { return channel / unit * padded_unit + channel % unit; }
   JAX_DCN_INLINE int Unpadded(int channel) const {
     const int in_unit = channel % padded_unit;
     return in_unit < unit ? channel / padded_unit * unit + in_unit : -1;
@@ -67,6 +68,12 @@ struct Problem {
   static int Int(int64_t size) { return static_cast<int>(size); }
   static int GreatestCommonDivisor(int a, int b) { return b == 0 ? a : GreatestCommonDivisor(b, a % b); }
   int Pad(int channels) const { return channels / unit * padded_unit; }
+};
+
+// How blocks share the pixels where they sum over them; a function of the sizes alone, as it decides the order of sums.
+struct PixelParts {
+  int parts;
+  int64_t part_pixels;
 };
 
 // Where samples come from.
@@ -167,14 +174,18 @@ struct SampleVector {
     }
   }
 
-  template <class Tag>
-  JAX_DCN_DEVICE Vector16 Interpolate() const {
-    Real sum[kVector<T>];
+  JAX_DCN_DEVICE void Interpolate(Real (&sum)[kVector<T>]) const {
     for (int k = 0; k < kCorners; ++k) {
       Real value[kVector<T>];
       Unpack<T>(corner[k], value);
       for (int i = 0; i < kVector<T>; ++i) sum[i] = k == 0 ? value[i] * weight[k] : sum[i] + value[i] * weight[k];
     }
+  }
+
+  template <class Tag>
+  JAX_DCN_DEVICE Vector16 Interpolate() const {
+    Real sum[kVector<T>];
+    Interpolate(sum);
     return Pack<T, Tag>(sum);
   }
 };

@@ -239,6 +239,7 @@ JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy
     if (stage + kRightStages - 1 < stages) copy_right(stage + kRightStages - 1, right_stages + done * kRightSize);
     CopyCommit();
     if (stage + 1 < stages) left.Fetch();
+    SyncWarp();  // Fetch branches, and the product is of whole warps
     product.Add(left_stages + stage % 2 * kLeftSize, right_stages + use * kRightSize);
     if (stage + 1 < stages) left.Store(left_stages + (stage + 1) % 2 * kLeftSize);
     use = use == kRightStages - 1 ? 0 : use + 1;
