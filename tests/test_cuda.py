@@ -254,9 +254,10 @@ def test_command_buffers_launch_the_kernels(gpu):
 import jax, jax.numpy as jnp, numpy as np, jax_dcn
 
 @jax.jit
+@jax.grad
 def function(x, offset, weight):
     y = jax_dcn.deform_conv2d(jnp.tanh(x), offset, weight, padding=1, data_format="NHWC")
-    return jax_dcn.deform_conv2d(jnp.tanh(y), offset, weight, padding=1, data_format="NHWC")
+    return jax_dcn.deform_conv2d(jnp.tanh(y), offset, weight, padding=1, data_format="NHWC").sum()
 
 results = []
 for seed in range(4):
@@ -265,13 +266,16 @@ for seed in range(4):
                          for shape in ((2, 9, 8, 16), (2, 9, 8, 18), (3, 3, 16, 16)))
     results.append(np.asarray(function(x, offset, weight)))
     kept = x  # so that the next one lies elsewhere
+print("command_buffer" in function.lower(x, offset, weight).compile().as_text())
 print(" ".join(result.tobytes().hex() for result in results))
 """
+    flags = "--xla_gpu_graph_min_graph_size=1 --xla_gpu_deterministic_ops=true --xla_gpu_enable_command_buffer="
     plain, captured = (
-        run_python(code, JAX_PLATFORMS="cuda", XLA_FLAGS=f"--xla_gpu_graph_min_graph_size=1 {flag}")
-        for flag in ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL")
+        run_python(code, JAX_PLATFORMS="cuda", XLA_FLAGS=flags + commands).split("\n", 1)
+        for commands in ("", "FUSION,CUSTOM_CALL")
     )
-    assert plain == captured
+    assert (plain[0], captured[0]) == ("False", "True")
+    assert plain[1] == captured[1]
 
 
 # --- the module and its handlers ---

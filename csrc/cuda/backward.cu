@@ -95,7 +95,7 @@ struct BackwardPlan {
 
 template <class A>
 Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* workspace, bool deterministic,
-                   cudaStream_t stream) {
+                   Launcher launcher) {
   using T = typename A::T;
   using Tag = typename A::Tag;
   using Real = Accumulation<T>;
@@ -108,7 +108,6 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   Real* grad_x = static_cast<Real*>(arrays.grad_x.data);
   Real* grad_weight = static_cast<Real*>(arrays.grad_weight.data);
   Real* grad_bias = static_cast<Real*>(arrays.grad_bias.data);
-  Launcher launcher(stream);
   if (p.pixels == 0) {
     const int64_t size = sizeof(Real);
     if (wanted.x) launcher.Zero("grad_x", grad_x, plan.input_pixels * g.c_in * size);
@@ -192,8 +191,9 @@ int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType 
 
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
                 cudaStream_t stream) {
+  const Launcher launcher(stream, options.load_only);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision, [&](auto a) {
-    return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, stream);
+    return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, launcher);
   });
 }
 

@@ -207,6 +207,13 @@ inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
 }
 
+// Loads a kernel into the current device, as its first launch would.
+template <class... Parameters>
+cudaError_t Load(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {

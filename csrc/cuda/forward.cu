@@ -38,7 +38,7 @@ struct ForwardPlan {
 };
 
 template <class A>
-Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, cudaStream_t stream) {
+Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, Launcher launcher) {
   using T = typename A::T;
   using Tag = typename A::Tag;
   const ForwardPlan<A> plan(g, workspace);
@@ -46,7 +46,6 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   const T* weight = static_cast<const T*>(arrays.weight.data);
   const T* bias = static_cast<const T*>(arrays.bias.data);
   T* y = static_cast<T*>(arrays.y.data);
-  Launcher launcher(stream);
   if (p.pixels == 0) return launcher.status();
 
   launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed, weight,
@@ -79,8 +78,9 @@ int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& o
 
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
                cudaStream_t stream) {
+  const Launcher launcher(stream, options.load_only);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision,
-                        [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, stream); });
+                        [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, launcher); });
 }
 
 }  // namespace cuda

@@ -26,6 +26,7 @@ enum class Precision { kDefault, kHighest };
 struct Options {
   Precision precision = Precision::kDefault;
   bool deterministic = false;  // the same bits of grad_x in every run; all other results always are
+  bool load_only = false;      // load the kernels of the call into the GPU and launch none
 };
 
 // Which gradients.

@@ -31,16 +31,17 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Launches on a stream until something fails.
+// Launches on a stream, or only loads the kernels, until something fails.
 class Launcher {
  public:
-  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+  Launcher(cudaStream_t stream, bool load_only) : stream_(stream), load_only_(load_only) {}
 
   // A block per `blocks`.
   template <class... Parameters, class... Arguments>
   void Run(const char* what, void (*kernel)(Parameters...), int64_t blocks, int shared_bytes,
            const Arguments&... arguments) {
     if (status_.error != cudaSuccess || blocks == 0) return;
+    if (load_only_) return Check(what, Load(kernel));
     const bool fits = blocks <= std::numeric_limits<int32_t>::max();
     Check(what, fits
                     ? Launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared_bytes, stream_, arguments...)
@@ -54,7 +55,7 @@ class Launcher {
   }
 
   void Zero(const char* what, void* to, int64_t bytes) {
-    if (status_.error == cudaSuccess) Check(what, ZeroAsync(to, bytes, stream_));
+    if (status_.error == cudaSuccess && !load_only_) Check(what, ZeroAsync(to, bytes, stream_));
   }
 
   const Status& status() const { return status_; }
@@ -65,6 +66,7 @@ class Launcher {
   }
 
   cudaStream_t stream_;
+  bool load_only_;
   Status status_;
 };
 

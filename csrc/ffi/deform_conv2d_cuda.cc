@@ -1,5 +1,9 @@
 // The CUDA handlers. A call may be captured into a CUDA graph, so it launches kernels on the given stream and does
 // nothing else: no memory of its own, no synchronisation. Its work space is its last result, which the lowering drops.
+//
+// Each has two stages of the same signature. `Initialize`, before the program runs, loads the kernels into the GPU:
+// CUDA would do so at their first launch, which may wait for other kernels to end, and those of a collective operation
+// may wait for that launch.
 
 #include <cuda_runtime_api.h>
 
@@ -53,6 +57,7 @@ ffi::Error ToError(const cuda::Status& status) {
   switch (status.error) {
     case cudaSuccess: return ffi::Error::Success();
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
       return precondition("the CUDA kernels were built for the architectures " + std::string(cuda::Architectures()) +
                           ", none of which runs on this GPU, of compute capability " + ComputeCapability() +
                           ". Install jax_dcn with CUDAARCHS=native in the environment, or "
@@ -69,6 +74,14 @@ ffi::Error ToError(const cuda::Status& status) {
   }
 }
 
+template <ffi::ExecutionStage kStage>
+cuda::Options StageOptions(bool highest_precision, bool deterministic) {
+  cuda::Options options = ToOptions(highest_precision, deterministic);
+  options.load_only = kStage == ffi::ExecutionStage::kInitialize;
+  return options;
+}
+
+template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2d(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
                         ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride, Pair padding,
                         Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
@@ -77,12 +90,13 @@ ffi::Error DeformConv2d(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer of
   const auto [g, a] =
       check.Forward(x, offset, weight, optional, y, {stride, padding, dilation, groups, deform_groups, nchw, has_mask});
   if (!check.ok()) return check.error();
-  const cuda::Options options = ToOptions(highest_precision, deterministic);
+  const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
   const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options);
   CheckBuffers(check, nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
   return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, stream)) : check.error();
 }
 
+template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
                                 ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets results,
                                 Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
@@ -96,7 +110,7 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi:
   auto last = results.get<Workspace>(results.size() - 1);
   if (!last.has_value()) return last.error();
   const Workspace workspace = **last;
-  const cuda::Options options = ToOptions(highest_precision, deterministic);
+  const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
   const cuda::Wanted wanted{grad_x, grad_offset, grad_mask, grad_weight, grad_bias};
   const int64_t needed = cuda::BackwardWorkspace(g, wanted, a.x.dtype, options);
   CheckBuffers(check, nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x, a.grad_offset,
@@ -104,19 +118,33 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi:
   return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, stream)) : check.error();
 }
 
+constexpr auto kInitialize = ffi::ExecutionStage::kInitialize;
+constexpr auto kExecute = ffi::ExecutionStage::kExecute;
+
 template <class Binding>
 auto BindOptions(Binding&& binding) {
   return std::forward<Binding>(binding).template Attr<bool>("highest_precision").template Attr<bool>("deterministic");
 }
 
+template <ffi::ExecutionStage kStage>
+auto BindForwardStage() {
+  return BindOptions(BindForward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>()).template Ret<Workspace>());
+}
+
+template <ffi::ExecutionStage kStage>
+auto BindBackwardStage() {
+  return BindOptions(BindBackward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>()));
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCuda, DeformConv2d,
-                              BindOptions(BindForward(ffi::Ffi::Bind().Ctx<Stream>()).Ret<Workspace>()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCudaInitialize, DeformConv2d<kInitialize>, BindForwardStage<kInitialize>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCuda, DeformConv2d<kExecute>, BindForwardStage<kExecute>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCuda, DeformConv2dBackward,
-                              BindOptions(BindBackward(ffi::Ffi::Bind().Ctx<Stream>())),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCudaInitialize, DeformConv2dBackward<kInitialize>,
+                              BindBackwardStage<kInitialize>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCuda, DeformConv2dBackward<kExecute>, BindBackwardStage<kExecute>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_dcn

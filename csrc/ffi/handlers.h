@@ -9,7 +9,9 @@ namespace jax_dcn {
 extern "C" XLA_FFI_Error* DeformConv2dCpu(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* DeformConv2dBackwardCpu(XLA_FFI_CallFrame* call_frame);
 
+extern "C" XLA_FFI_Error* DeformConv2dCudaInitialize(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* DeformConv2dCuda(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* DeformConv2dBackwardCudaInitialize(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* DeformConv2dBackwardCuda(XLA_FFI_CallFrame* call_frame);
 
 }  // namespace jax_dcn

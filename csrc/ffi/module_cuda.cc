@@ -70,9 +70,16 @@ PYBIND11_MODULE(_native_cuda, m) {
   using py::arg;
   const auto capsule = [](XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); };
   m.def("handlers", [capsule] {
+    const auto stages = [capsule](XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
+      py::dict handlers;
+      handlers["initialize"] = capsule(initialize);
+      handlers["execute"] = capsule(execute);
+      return handlers;
+    };
     py::dict handlers;
-    handlers["jax_dcn_deform_conv2d"] = capsule(jax_dcn::DeformConv2dCuda);
-    handlers["jax_dcn_deform_conv2d_backward"] = capsule(jax_dcn::DeformConv2dBackwardCuda);
+    handlers["jax_dcn_deform_conv2d"] = stages(jax_dcn::DeformConv2dCudaInitialize, jax_dcn::DeformConv2dCuda);
+    handlers["jax_dcn_deform_conv2d_backward"] =
+        stages(jax_dcn::DeformConv2dBackwardCudaInitialize, jax_dcn::DeformConv2dBackwardCuda);
     return handlers;
   });
   m.def("architectures", [] { return jax_dcn::cuda::Architectures(); });

@@ -256,6 +256,11 @@ inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
 }
 
+template <class... Parameters>
+cudaError_t Load(void (*)(Parameters...)) {
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {

@@ -3,6 +3,7 @@
 See device_on_cpu.h. That the instructions do what they are documented to do, and how fast, only a GPU can show.
 """
 
+import dataclasses
 import os
 
 import cases
@@ -19,6 +20,23 @@ from tolerances import TOLERANCES
 # What the rounding of products' operands adds to the tolerances. The largest errors seen were 9e-4 for TF32, whose
 # numbers have 11 bits, 5e-3 for bfloat16 and 5e-4 for float16, the rounding of the result included.
 ROUNDED = {"tf32": 2**-9, "bfloat16": 2**-8, "float16": 2**-11}
+
+# Most of the awkward geometries have groups so small that kernels of their own take them, and these have not.
+LARGER_GROUPS = [
+    dataclasses.replace(case, name=f"{case}_more_outputs", c_out=case.c_out + 17 * case.groups) for case in AWKWARD
+]
+
+# More groups than a block takes, more outputs than inputs and the reverse, groups across the borders of vectors and of
+# deform groups, and more pixels than one part of the sums.
+SMALL_GROUPS = [
+    Case("depthwise_130", batch=1, c_in=130, c_out=130, groups=130, size=(7, 6)),
+    Case("depthwise_deform_groups_3", c_in=24, c_out=24, groups=24, deform_groups=3, size=(7, 6), mask=False),
+    Case("groups_of_3_and_5", c_in=36, c_out=60, groups=12, deform_groups=9),
+    Case("groups_of_1_and_16", batch=1, c_in=5, c_out=80, groups=5),
+    Case("groups_of_16_and_1", batch=1, c_in=160, c_out=10, groups=10, bias=False),
+    Case("groups_of_7_and_16", batch=1, c_in=77, c_out=176, groups=11, deform_groups=7),
+    Case("several_parts", batch=1, c_in=6, c_out=6, groups=6, size=(47, 45), kernel=(1, 2), padding=(0, 0)),
+]
 
 # The widest tiles are taken only where that leaves enough blocks for a GPU, and are not full here.
 WIDE_TILES = [
@@ -50,7 +68,7 @@ def check(programs, case, mode, operands, given=None, **arguments):
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
-@pytest.mark.parametrize("case", AWKWARD, ids=str)
+@pytest.mark.parametrize("case", [*AWKWARD, *LARGER_GROUPS, *SMALL_GROUPS], ids=str)
 def test_awkward_geometries(programs, case, mode):
     check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
 
@@ -76,9 +94,12 @@ def test_wide_tiles(programs, case, mode):
     displacement_dtype=st.sampled_from(["float32", None]),
     offset_scale=st.sampled_from([0, 0.25, 1, 8]),
     deterministic=st.booleans(),
+    larger_groups=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_random_geometries(programs, case, mode, displacement_dtype, offset_scale, deterministic, seed):
+def test_random_geometries(programs, case, mode, displacement_dtype, offset_scale, deterministic, larger_groups, seed):
+    if larger_groups:
+        case = dataclasses.replace(case, c_out=case.c_out + 16 * case.groups)
     operands = case.operands(on_cpu.dtype_of(mode), seed)
     operands["offset"] *= offset_scale
     for name in {"offset", "mask"} & operands.keys():
@@ -87,9 +108,10 @@ def test_random_geometries(programs, case, mode, displacement_dtype, offset_scal
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
-def test_same_bits_in_any_order(programs, mode):
+@pytest.mark.parametrize("groups", [2, 20])
+def test_same_bits_in_any_order(programs, mode, groups):
     """Whatever the order of blocks and threads. grad_x is summed atomically unless asked otherwise."""
-    case = Case("several_blocks", c_in=20, c_out=36, size=(14, 11), groups=2, deform_groups=5)
+    case = Case("several_blocks", c_in=20, c_out=40, size=(14, 11), groups=groups, deform_groups=5)
     operands, cotangent = case.operands(on_cpu.dtype_of(mode)), case.cotangent(on_cpu.dtype_of(mode))
     results, gradients = [], []
     for seed in range(3):
@@ -104,9 +126,10 @@ def test_same_bits_in_any_order(programs, mode):
         np.testing.assert_array_equal(gradients[0][name], default[name], err_msg=name)
 
 
+@pytest.mark.parametrize("groups", [2, 12])
 @pytest.mark.parametrize("wanted", [(name,) for name in on_cpu.NAMES] + [("x", "mask"), ("offset", "weight")], ids=str)
-def test_gradients_alone(programs, wanted):
-    case = Case("alone", c_in=12, c_out=10, groups=2, deform_groups=3)
+def test_gradients_alone(programs, wanted, groups):
+    case = Case("alone", c_in=12, c_out=36, groups=groups, deform_groups=3)
     operands, cotangent = case.operands("float32"), case.cotangent("float32")
     everything = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=True)
     alone = on_cpu.run(programs, case, "float32", operands, cotangent, wanted=wanted, deterministic=True)
@@ -153,3 +176,20 @@ def test_values_that_are_not_finite_reach_what_they_touch(programs, value, deter
     reached = np.zeros(operands["x"].shape, bool)
     reached[0, :, 2:4, 3:5] = True
     np.testing.assert_array_equal(np.isfinite(gradients["x"]), ~reached)
+
+
+@pytest.mark.parametrize("mode", on_cpu.MODES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_stay_in_their_group(programs, value, mode):
+    """Small groups share blocks and vectors."""
+    case = Case("not_finite", c_in=12, c_out=24, groups=12)
+    operands, cotangent = case.operands(on_cpu.dtype_of(mode)), case.cotangent(on_cpu.dtype_of(mode))
+    y = on_cpu.run(programs, case, mode, operands)
+    gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("weight",))
+    operands["x"][:, 5] = value
+    changed = on_cpu.run(programs, case, mode, operands)
+    changed_gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("weight",))
+    others = [out for out in range(case.c_out) if out // 2 != 5]
+    assert not np.isfinite(np.asarray(changed[:, 10:12], np.float32)).all()
+    np.testing.assert_array_equal(changed[:, others], y[:, others])
+    np.testing.assert_array_equal(changed_gradients["weight"][others], gradients["weight"][others])

@@ -18,8 +18,8 @@ TOP = Path(__file__).parents[2]
 
 # Small ones of each kind: results and gradients in both formats and all dtypes, vmap, unusable coordinates, no images.
 TESTS = {
-    "test_numbers.py": "native and (torchvision or no_images or one_pixel or unusable or precision)",
-    "test_gradients.py": "native and (torchvision or no_images or one_pixel or asked or wanted)",
+    "test_numbers.py": "native and (torchvision or no_images or one_pixel or depthwise or unusable or precision)",
+    "test_gradients.py": "native and (torchvision or no_images or one_pixel or depthwise or asked or wanted)",
     "test_vmap.py": "native and mask",
 }
 
