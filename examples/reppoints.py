@@ -23,7 +23,7 @@ from jax_dcn import mmcv, plot
 from jax_dcn.nnx import DeformConv2d
 
 # (dy, dx) of the taps of a 3x3 kernel: what the operator adds to an offset by itself.
-GRID = jnp.asarray([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], jnp.float32).reshape(-1)
+GRID = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], np.float32).reshape(-1)
 
 
 class ConvModule(nnx.Module):

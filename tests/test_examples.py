@@ -61,7 +61,8 @@ def test_reppoints():
 
 
 def test_boxes_of_points():
-    head = nnx.eval_shape(lambda: example("reppoints").RepPointsHead(rngs=nnx.Rngs(0)))
+    build = example("reppoints").RepPointsHead
+    head = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     head.moment_transfer.set_value(jnp.log(jnp.array([2.0, 3.0])))  # of the width, of the height
     points = np.random.default_rng(0).normal(size=(2, 9, 2))
     y, x = points[..., 0], points[..., 1]

@@ -75,10 +75,11 @@ template <class T_, class Tag_>
 struct Arithmetic {
   using T = T_;
   using Tag = Tag_;
-  // The widest tiles whose sums leave registers for the rest. Plain products hold operands in registers too, and those
-  // of TF32, transposed, load them word by word.
-  static constexpr int kColumns = sizeof(T) > 2 && std::is_same_v<T, Tag> ? 128 : 256;
-  static constexpr int kTransposedColumns = sizeof(T) > 2 ? 128 : 256;
+  // The widest tiles whose sums leave registers for the rest. Plain products hold operands in registers too, doubles
+  // take two each, and products of TF32, transposed, load their operands word by word.
+  static constexpr bool kPlain = sizeof(T) > 2 && std::is_same_v<T, Tag>;
+  static constexpr int kColumns = sizeof(T) == 8 ? 64 : kPlain ? 128 : 256;
+  static constexpr int kTransposedColumns = sizeof(T) == 8 ? 64 : sizeof(T) > 2 ? 128 : 256;
   static constexpr bool kSmallGroups = false;
 };
 
@@ -123,13 +124,10 @@ int TileColumns(int total, int64_t other_blocks) {
 // Calls function(the number of columns as an std::integral_constant).
 template <int kMost, class Function>
 void WithColumns(int columns, const Function& function) {
-  if (columns == 64) {
-    function(std::integral_constant<int, 64>());
-  } else if (kMost == 128 || columns == 128) {
-    function(std::integral_constant<int, 128>());
-  } else if constexpr (kMost == 256) {
-    function(std::integral_constant<int, 256>());
+  if constexpr (kMost > 64) {
+    if (columns < kMost) return WithColumns<kMost / 2>(columns, function);
   }
+  function(std::integral_constant<int, kMost>());
 }
 
 }  // namespace cuda

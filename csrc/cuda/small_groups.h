@@ -28,9 +28,7 @@ template <class A>
 bool IsSmallGroup(const Geometry& g) {
   constexpr int kMost = 16;
   static_assert(kMost <= kTileChannels);
-  using T = typename A::T;
-  const bool plain = sizeof(T) > 2 && std::is_same_v<T, typename A::Tag>;
-  return g.group_in() <= (plain ? kMost : kVector<T> - 1) && g.group_out() <= kMost;
+  return g.group_in() <= (A::kPlain ? kMost : kVector<typename A::T> - 1) && g.group_out() <= kMost;
 }
 
 // Groups, and how blocks share them.
