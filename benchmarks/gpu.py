@@ -298,6 +298,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """After every case, so that a run that is cut short leaves what it has measured."""
+    write_json(folder / "results.json", report)
+    (folder / "table.md").write_text(page(report))
+
+
 def main() -> None:
     arguments = parse_arguments()
     if jax.default_backend() != "gpu":
@@ -326,9 +332,8 @@ def main() -> None:
         for mode in arguments.modes:
             report["measurements"] += measure(case, name, backward, mode, operands, expected)
         print(f"{label}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        write_json(arguments.out / "results.json", report)
-    write_json(arguments.out / "results.json", report)
-    (arguments.out / "table.md").write_text(page(report))
+        write(arguments.out, report)
+    write(arguments.out, report)
     print(page(report))
     failures = [m for m in report["measurements"] if "failure" in m and m["competitor"].startswith("jax_dcn")]
     if failures:

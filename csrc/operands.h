@@ -32,6 +32,11 @@ struct ForwardArrays {
   bool round_samples = false;  // to x's type, before they are multiplied, where that is faster
 };
 
+// Which gradients are wanted, in the order of the primitive's `wanted`.
+struct WantedGradients {
+  bool x, offset, mask, weight, bias;
+};
+
 // grad_x, grad_weight and grad_bias are of the type of the sums, grad_offset and grad_mask of offset's and mask's.
 struct BackwardArrays {
   DataFormat format = DataFormat::kNHWC;

@@ -18,8 +18,12 @@ from tolerances import TOLERANCES
 
 from jax_dcn import native
 
+# Most of their groups are so small that kernels of their own take them; four of every eight are made larger.
 CASES = [
-    *(dataclasses.replace(case, batch=min(case.batch, 2)) for case in cases.AWKWARD),
+    *(
+        dataclasses.replace(case, batch=min(case.batch, 2), c_out=case.c_out + number // 4 % 2 * 17 * case.groups)
+        for number, case in enumerate(cases.AWKWARD)
+    ),
     cases.Case("tiles", batch=1, c_in=40, c_out=264, size=(13, 17)),  # of pixels and of output channels
 ]
 

@@ -42,7 +42,7 @@ struct BackwardPlan {
   using T = typename A::T;
   using Real = Accumulation<T>;
 
-  BackwardPlan(const Geometry& g, const Wanted& wanted, void* workspace)
+  BackwardPlan(const Geometry& g, const WantedGradients& wanted, void* workspace)
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pads_out(!A::kSmallGroups && problem.pads_out()),
@@ -99,9 +99,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   using T = typename A::T;
   using Tag = typename A::Tag;
   using Real = Accumulation<T>;
-  const Wanted wanted{arrays.grad_x.data != nullptr, arrays.grad_offset.data != nullptr,
-                      arrays.grad_mask.data != nullptr, arrays.grad_weight.data != nullptr,
-                      arrays.grad_bias.data != nullptr};
+  const WantedGradients wanted{bool(arrays.grad_x), bool(arrays.grad_offset), bool(arrays.grad_mask),
+                               bool(arrays.grad_weight), bool(arrays.grad_bias)};
   const BackwardPlan<A> plan(g, wanted, workspace);
   const Problem& p = plan.problem;
   const int c_out = static_cast<int>(g.c_out);
@@ -184,7 +183,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
 
 }  // namespace
 
-int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType dtype, const Options& options) {
+int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
+                          const Options& options) {
   return WithArithmetic(geometry, dtype, options.precision,
                         [&](auto a) { return BackwardPlan<decltype(a)>(geometry, wanted, nullptr).bytes; });
 }

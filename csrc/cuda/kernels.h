@@ -29,11 +29,6 @@ struct Options {
   bool load_only = false;      // load the kernels of the call into the GPU and launch none
 };
 
-// Which gradients.
-struct Wanted {
-  bool x, offset, mask, weight, bias;
-};
-
 // What failed first, if anything did.
 struct Status {
   cudaError_t error = cudaSuccess;
@@ -42,7 +37,7 @@ struct Status {
 
 // In bytes. They depend on the sizes alone, so that they can be asked for where there is no device.
 int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);
-int64_t BackwardWorkspace(const Geometry& geometry, const Wanted& wanted, DType dtype, const Options& options);
+int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype, const Options& options);
 
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
                cudaStream_t stream);

@@ -26,11 +26,6 @@ struct Attributes {
   bool nchw, has_mask;
 };
 
-// Which gradients are wanted, in the order of the primitive's `wanted`.
-struct WantedGradients {
-  bool x, offset, mask, weight, bias;
-};
-
 // What a handler binds behind its context. All attributes of `Attributes` come last.
 template <class Binding>
 auto BindAttributes(Binding&& binding) {

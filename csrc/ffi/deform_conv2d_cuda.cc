@@ -111,7 +111,7 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi:
   if (!last.has_value()) return last.error();
   const Workspace workspace = **last;
   const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
-  const cuda::Wanted wanted{grad_x, grad_offset, grad_mask, grad_weight, grad_bias};
+  const WantedGradients wanted{grad_x, grad_offset, grad_mask, grad_weight, grad_bias};
   const int64_t needed = cuda::BackwardWorkspace(g, wanted, a.x.dtype, options);
   CheckBuffers(check, nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x, a.grad_offset,
                a.grad_mask, a.grad_weight, a.grad_bias);

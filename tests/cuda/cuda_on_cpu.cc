@@ -123,8 +123,8 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
   a.grad_mask = arrays.Output(call.wanted[2] != 0, taps, call.mask_dtype);
   a.grad_weight = arrays.Output(call.wanted[3] != 0, g.weights(), sums);
   a.grad_bias = arrays.Output(call.wanted[4] != 0, g.c_out, sums);
-  const cuda::Wanted wanted{call.wanted[0] != 0, call.wanted[1] != 0, call.wanted[2] != 0, call.wanted[3] != 0,
-                            call.wanted[4] != 0};
+  const WantedGradients wanted{call.wanted[0] != 0, call.wanted[1] != 0, call.wanted[2] != 0, call.wanted[3] != 0,
+                               call.wanted[4] != 0};
   void* workspace = arrays.Workspace(cuda::BackwardWorkspace(g, wanted, a.x.dtype, options));
   return cuda::Backward(g, a, workspace, options, nullptr);
 }
