@@ -125,9 +125,12 @@ def deform_conv2d(
 def _deform_conv2d_abstract(*operands, names, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
     shape = geometry.y_shape(aval["offset"].shape, aval["weight"].shape)
-    spec = [None] * 4
-    spec[0] = aval["x"].sharding.spec[0]
-    spec[geometry.channel_axis] = aval["weight"].sharding.spec[geometry.out_axis]
+    images = partitioning.mesh_axes(aval["x"].sharding.spec[0])
+    outs = partitioning.mesh_axes(aval["weight"].sharding.spec[geometry.out_axis])
+    spec: list[Any] = [None] * 4
+    spec[0] = images or None
+    # An axis shards the images or the channels: where it is both operands', the weight is gathered.
+    spec[geometry.channel_axis] = tuple(axis for axis in outs if axis not in images) or None
     return [_reshaped(aval["x"], shape, spec)]
 
 

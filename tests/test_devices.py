@@ -323,6 +323,32 @@ def check_explicit_mesh(name, data_format):
         assert actual[1][name].sharding.is_equivalent_to(operand.sharding, operand.ndim), name
 
 
+@pytest.mark.parametrize(("name", "data_format"), [("images_and_channels", "NCHW"), ("two_groups", "NHWC")])
+def test_explicit_fallbacks(implementation, name, data_format):
+    run_on_four_devices(check_explicit_fallbacks, name, data_format)
+
+
+def check_explicit_fallbacks(name, data_format):
+    """An axis that both images and channels have is the images'. A bias need not be sharded as the weight is."""
+    fallback = FALLBACKS[name]
+    operands = operands_of(fallback.case, data_format)
+    f = function(fallback.case, data_format)
+    expected = jax.jit(f)(operands), jax.jit(jax.grad(loss(f)))(operands)
+    specs = {name: sharding.spec for name, sharding in on_one_axis(operands, data_format, fallback.sharded).items()}
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = {name: jax.device_put(operand, NamedSharding(mesh, specs[name])) for name, operand in operands.items()}
+        forward = jax.jit(f).lower(placed).compile()
+        gradient = jax.jit(jax.grad(loss(f))).lower(placed).compile()
+        actual = forward(placed), gradient(placed)
+    assert_trees_close(actual, expected)
+    if name == "images_and_channels":
+        assert (collectives(forward), collectives(gradient)) == (fallback.forward, fallback.gradients)
+        assert actual[0].sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 4)
+    for name, operand in placed.items():
+        assert actual[1][name].sharding.is_equivalent_to(operand.sharding, operand.ndim), name
+
+
 # --- shard_map ---
 
 
