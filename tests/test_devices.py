@@ -391,3 +391,26 @@ def check_shard_map(manual, check_vma):
     if check_vma:
         inside = shard_map(jax.grad(loss(f)), out_specs=specs)
         assert_trees_close(jax.jit(inside)(operands), jax.jit(jax.grad(loss(f)))(operands))
+
+
+@pytest.mark.parametrize("manual", [("images", "channels"), ("images",)], ids="-".join)
+def test_shard_map_shares_the_work(implementation, manual):
+    run_on_four_devices(check_shard_map_shares_the_work, manual)
+
+
+def check_shard_map_shares_the_work(manual):
+    sharing = SHARINGS["images"]
+    operands = operands_of(sharing.case, "NCHW")
+    shardings, of_y = sharded(sharing, operands, "NCHW")
+    specs = {name: sharding.spec for name, sharding in shardings.items()}
+    f = function(sharing.case, "NCHW")
+    mapped = jax.shard_map(f, mesh=of_y.mesh, in_specs=(specs,), out_specs=of_y.spec, axis_names=set(manual))
+    placed = jax.device_put(operands, shardings)
+    for shared, alone, exchanged in (
+        (mapped, f, {}),
+        (jax.grad(loss(mapped)), jax.grad(loss(f)), {"all-reduce": 1}),
+    ):
+        shared = jax.jit(shared).lower(placed).compile()
+        assert collectives(shared) == exchanged
+        # XLA has some of it on every device, such as the pixels' own places.
+        assert 0 < work(shared) <= 1.2 * work(jax.jit(alone).lower(operands).compile()) / sharing.shares
