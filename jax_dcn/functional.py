@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dcn import _compat, primitives
 from jax_dcn.geometry import DTYPES, Geometry, Pair, check_operands, to_precision
@@ -136,10 +137,21 @@ def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precisi
     bias = None if bias is None or (isinstance(bias, (bool, np.bool_)) and not bias) else _as_array(name, "bias", bias)
     geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
     call = _Call(geometry, to_precision(name, precision), _implementation())
-    operands = _compat.equally_varying(x, offset, mask, weight, bias)
+    operands = _compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
     if forward_mode:
         return primitives.deform_conv2d(*operands, **vars(call))
     return _deform_conv2d(call, *operands)
+
+
+def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array, geometry: Geometry) -> jax.Array | None:
+    """The bias sharded as the weight's C_out on a mesh with explicit axes, as the type of its gradient is."""
+    if bias is None:
+        return None
+    sharding = jax.typeof(weight).sharding
+    spec = PartitionSpec(sharding.spec[geometry.out_axis])
+    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(bias).sharding.spec == spec:
+        return bias
+    return jax.sharding.reshard(bias, NamedSharding(sharding.mesh, spec))
 
 
 def _as_array(name: str, argument: str, value: Any) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Devices share the images, the output channels, or both. With several weight groups they share the groups, input
 channels included, if every deform group lies within one of them or there is only one deform group. Anything else is
-replicated: a sample reads the whole image and all its channels of a group.
+replicated: a sample reads the whole image and all its channels of a group. So are images, channels and groups that do
+not divide among the devices, as XLA would pad the last shard, and what it pads with must not enter a sum.
 """
 
 from __future__ import annotations
@@ -65,11 +66,25 @@ def _on_all_devices(call: _Call, *operands: jax.Array) -> list[jax.Array]:
 # --- which axes may be shared ---
 
 
+def _channels_shared(geometry: Geometry, mesh) -> bool:
+    """Whether devices may share the output channels, or with several groups the groups."""
+    groups, deform_groups = geometry.groups, geometry.deform_groups
+    if groups == 1:
+        return True
+    # Shardy would divide groups among a part of a mesh axis that does not divide them, and JAX fails at that.
+    return (deform_groups == 1 or deform_groups % groups == 0) and not any(groups % n for n in mesh.shape.values())
+
+
 def _shared_by_channel(call: _Call, name: str) -> bool:
     """Whether devices that share the output channels, or the groups, share the array's channels too."""
     if name in ("y", "weight", "bias"):
         return True
     return call.geometry.groups > 1 and (name == "x" or call.geometry.deform_groups > 1)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _operand(name: str) -> str:
@@ -84,10 +99,9 @@ def _channel_axis(geometry: Geometry, name: str) -> int:
 def _sharding_rule(call: _Call, mesh, operand_types, result_types) -> tuple[str, dict[str, Any]]:
     """As Shardy writes it: n are the images, o the output channels, g the groups; no other axis is shared."""
     groups = call.geometry.groups
-    shared = {"n", "g" if groups > 1 else "o"}
-    if groups > 1 and call.geometry.deform_groups not in (1, *range(groups, call.geometry.deform_groups + 1, groups)):
-        shared.remove("g")
-    sizes = {"g": groups} if groups > 1 else {}
+    channels_shared = _channels_shared(call.geometry, mesh)
+    shared = {"n", "g", "o"}
+    sizes = {"g": groups} if groups > 1 and channels_shared else {}
 
     def factors(i: int, name: str, shape: Sequence[int]) -> str:
         name = _operand(name)
@@ -95,13 +109,13 @@ def _sharding_rule(call: _Call, mesh, operand_types, result_types) -> tuple[str,
         if name not in ("weight", "bias"):
             axes[0] = "n"
         channel = _channel_axis(call.geometry, name)
-        if _shared_by_channel(call, name):
+        if channels_shared and _shared_by_channel(call, name):
             if groups == 1:
                 axes[channel] = "o"
             elif shape[channel] == groups:
                 axes[channel] = "g"
                 sizes.pop("g", None)  # to be named only where no axis tells it
-            elif "g" in shared or name in ("y", "weight", "bias"):
+            else:
                 sizes[axes[channel]] = shape[channel] // groups
                 axes[channel] = f"(g {axes[channel]})"
         return " ".join(axes)
@@ -120,6 +134,7 @@ def _sharding_rule(call: _Call, mesh, operand_types, result_types) -> tuple[str,
 
 def _partition(call: _Call, mesh, arg_shapes, result_shape):
     geometry = call.geometry
+    shapes = {_operand(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
     # What the partitioner has settled on. The results come first: an operand may still be whole on every device.
     settled = [
         (_operand(name), array.sharding.spec)
@@ -128,11 +143,23 @@ def _partition(call: _Call, mesh, arg_shapes, result_shape):
 
     def axes_along(axis: Callable[[str], int], names: Sequence[str]) -> tuple[str, ...]:
         found = [spec[axis(name)] for name, spec in settled if name in names and len(spec) > axis(name)]
-        entry = next((entry for entry in found if entry), ())
-        return entry if isinstance(entry, tuple) else (entry,)
+        return mesh_axes(next((entry for entry in found if entry), None))
 
-    images = axes_along(lambda name: 0, ("y", "x", "offset", "mask"))
-    outs = axes_along(functools.partial(_channel_axis, geometry), ("y", "weight", "bias"))
+    def parts(axes: tuple[str, ...]) -> int:
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    def dividing(size: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """The first of the mesh axes, as many as divide the size."""
+        while size % parts(axes):
+            axes = axes[:-1]
+        return axes
+
+    images = dividing(shapes["x"][0], axes_along(lambda name: 0, ("y", "x", "offset", "mask")))
+    outs = ()
+    if _channels_shared(geometry, mesh):
+        outs = axes_along(functools.partial(_channel_axis, geometry), ("y", "weight", "bias"))
+        outs = tuple(axis for axis in outs if axis not in images)
+        outs = dividing(geometry.groups if geometry.groups > 1 else shapes["weight"][geometry.out_axis], outs)
 
     def sharding(name: str) -> NamedSharding:
         name = _operand(name)
@@ -145,9 +172,8 @@ def _partition(call: _Call, mesh, arg_shapes, result_shape):
 
     local = geometry
     if geometry.groups > 1:
-        parts = math.prod(mesh.shape[axis] for axis in outs)
-        deform_groups = max(1, geometry.deform_groups // parts)
-        local = dataclasses.replace(geometry, groups=geometry.groups // parts, deform_groups=deform_groups)
+        deform_groups = max(1, geometry.deform_groups // parts(outs))
+        local = dataclasses.replace(geometry, groups=geometry.groups // parts(outs), deform_groups=deform_groups)
 
     def summed_over(name: str) -> tuple[str, ...]:
         """The mesh axes along which every device has only its part of a sum."""

@@ -2,8 +2,8 @@
 
 `deform_conv2d_p` computes y, `deform_conv2d_tangent_p` how y moves with its operands, and `deform_conv2d_backward_p`
 the gradients that its parameter `wanted` names. The last two are linear, in the tangents and in grad_y, and each
-other's transpose. Some operands are optional, so the parameter `names` says which operand is which. The other
-parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
+other's transpose; the first is linear in x, or in the weight. Some operands are optional, so the parameter `names`
+says which operand is which. The other parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
 """
 
 from __future__ import annotations
@@ -125,9 +125,12 @@ def deform_conv2d(
 def _deform_conv2d_abstract(*operands, names, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
     shape = geometry.y_shape(aval["offset"].shape, aval["weight"].shape)
-    spec = [None] * 4
-    spec[0] = aval["x"].sharding.spec[0]
-    spec[geometry.channel_axis] = aval["weight"].sharding.spec[geometry.out_axis]
+    images = partitioning.mesh_axes(aval["x"].sharding.spec[0])
+    outs = partitioning.mesh_axes(aval["weight"].sharding.spec[geometry.out_axis])
+    spec: list[Any] = [None] * 4
+    spec[0] = images or None
+    # An axis shards the images or the channels: where it is both operands', the weight is gathered.
+    spec[geometry.channel_axis] = tuple(axis for axis in outs if axis not in images) or None
     return [_reshaped(aval["x"], shape, spec)]
 
 
@@ -136,6 +139,24 @@ def _deform_conv2d_jvp(primals, tangents, *, names, **params):
     operands = {name: primal for name, primal in zip(names, primals, strict=True) if name != "bias"}
     (y_dot,) = _bind(deform_conv2d_tangent_p, operands, _dots(names, tangents), **params)
     return [y], [y_dot]
+
+
+def _deform_conv2d_transpose(cotangents, *operands, names, **params):
+    """Along x or the weight, with the bias if there is one: beside a constant bias the result is only affine."""
+    given = dict(zip(names, operands, strict=True))
+    linear = {name: operand for name, operand in given.items() if ad.is_undefined_primal(operand)}
+    if linear.keys() - {"bias"} not in ({"x"}, {"weight"}) or "bias" in given.keys() - linear.keys():
+        raise NotImplementedError(f"deform_conv2d of {', '.join(given)} is not linear in {', '.join(linear)}")
+    (grad_y,) = cotangents
+    if type(grad_y) is ad.Zero:
+        return [ad.Zero(operand.aval) if name in linear else None for name, operand in given.items()]
+    # The gradient of what is linear does not read its value.
+    primals = given | {name: ad.zeros_like_aval(operand.aval) for name, operand in linear.items()}
+    primals.pop("bias", None)
+    wanted = tuple(name for name in lowering.GRADIENTS if name in linear)
+    gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
+    gradients = dict(zip(wanted, gradients, strict=True))
+    return [gradients.get(name) for name in names]
 
 
 # --- deform_conv2d_tangent ---
@@ -275,6 +296,7 @@ def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | No
 deform_conv2d_p = _primitive("deform_conv2d", _deform_conv2d_abstract, lowering.DEFORM_CONV2D)
 
 ad.primitive_jvps[deform_conv2d_p] = _deform_conv2d_jvp
+ad.primitive_transposes[deform_conv2d_p] = _deform_conv2d_transpose
 
 deform_conv2d_tangent_p = _primitive("deform_conv2d_tangent", _deform_conv2d_abstract, lowering.DEFORM_CONV2D_TANGENT)
 ad.primitive_transposes[deform_conv2d_tangent_p] = _deform_conv2d_tangent_transpose

@@ -17,7 +17,7 @@ from jax_dcn.geometry import Geometry
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of coordinates, interpolation weights and sums: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def coordinates(

@@ -1,5 +1,6 @@
 """The data-parallel example: two processes train what one does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def test_two_processes_train_the_network_of_one(tmp_path):
                 "--steps=8",
                 f"--output={output}",
             ],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
             cwd=Path(sys.executable).parent,
             capture_output=True,
             text=True,

@@ -168,6 +168,43 @@ def test_reverse_mode_in_forward_mode(implementation, data_format):
     )
 
 
+@pytest.mark.parametrize("moved", [("x",), ("x", "bias"), ("weight",), ("weight", "bias")], ids="-".join)
+def test_linear_transpose(implementation, moved):
+    """In forward mode, along what the operator is linear in, as JAX's convolution has it."""
+    operands = {name: OPERANDS[name] for name in OPERANDS if name in moved or name != "bias"}
+    linear = {name: operands.pop(name) for name in moved}
+    f = function(forward_mode=True)
+    cotangent = CASE.cotangent()
+    (actual,) = jax.linear_transpose(lambda linear: f(operands | linear), linear)(cotangent)
+    expected = oracle.deform_conv2d_backward(cotangent, **{"bias": None, **operands, **linear}, **CASE.arguments)
+    assert_trees_close(actual, {name: expected[name] for name in moved})
+
+
+@pytest.mark.parametrize("moved", [("x", "weight", "bias"), ("offset",), ("x",), ("bias",)], ids="-".join)
+def test_linear_transpose_is_refused_where_not_linear(implementation, moved):
+    f = function(forward_mode=True)
+    with pytest.raises(NotImplementedError, match="not linear in"):
+        jax.linear_transpose(lambda linear: f(OPERANDS | linear), {name: OPERANDS[name] for name in moved})(
+            CASE.cotangent()
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_strict_dtype_promotion(implementation, dtype):
+    """No derivative mixes dtypes without saying so."""
+    operands = CASE.operands(dtype)
+    gradient = jax.grad(loss())
+    f = function(forward_mode=True)
+    with jax.numpy_dtype_promotion("strict"):
+        for transformed in (
+            f,
+            gradient,
+            lambda operands: jax.jvp(f, (operands,), (operands,)),
+            lambda operands: jax.jvp(gradient, (operands,), (operands,)),
+        ):
+            jax.jit(transformed).lower(operands)
+
+
 def test_forward_mode_is_refused_without_it(implementation):
     with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
         jax.jvp(loss(), (OPERANDS,), (TANGENTS,))
