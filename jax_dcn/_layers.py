@@ -41,8 +41,11 @@ class Layer:
     bias_init: Initializer = initializers.zeros
     data_format: str = "NCHW"
 
-    def _check_arguments(self) -> None:
-        """Checks the arguments, and makes pairs of those that may be an int."""
+    def _check_arguments(self, bias: Any) -> None:
+        """Checks the arguments, and makes pairs of those that may be an int.
+
+        nnx's layers take `bias` and keep a parameter of that name, so it is given.
+        """
         name = type(self).__name__
         for argument in ("in_channels", "out_channels", "groups", "deform_groups"):
             setattr(self, argument, to_count(name, argument, getattr(self, argument)))
@@ -56,8 +59,8 @@ class Layer:
             size, divisor = getattr(self, channels), getattr(self, groups)
             if size % divisor:
                 raise ValueError(f"{name}: {channels} ({size}) must be a multiple of {groups} ({divisor})")
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"{name}: bias must be a bool, got {self.bias!r}")
+        if not isinstance(bias, bool):
+            raise TypeError(f"{name}: bias must be a bool, got {bias!r}")
         check_data_format(name, self.data_format)
 
     @property
@@ -120,6 +123,8 @@ class Layer:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class DeformConv2d(Layer):
+    """The work of a layer of version 1: `jax_dcn.linen.DeformConv2d` documents it."""
+
     im2col_step: int = 32
 
     @property
@@ -141,6 +146,8 @@ class DeformConv2d(Layer):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ModulatedDeformConv2d(Layer):
+    """The work of a layer of version 2: `jax_dcn.linen.ModulatedDeformConv2d` documents it."""
+
     bias: bool = True
 
     @property

@@ -128,7 +128,19 @@ def modulated_deform_conv2d(
     )
 
 
-def _checked(name, x, offset, mask, weight, bias, *, sizes, data_format, precision, forward_mode) -> jax.Array:
+def _checked(
+    name: str,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    *,
+    sizes: dict[str, Any],
+    data_format: str,
+    precision: lax.PrecisionLike,
+    forward_mode: bool,
+) -> jax.Array:
     """Checks the operands of the public function `name` before the call."""
     x, offset, weight = (
         _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
@@ -159,6 +171,8 @@ def _as_array(name: str, argument: str, value: Any) -> jax.Array:
         raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
     if value.dtype.name not in DTYPES:
         raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
+    if not value.dtype.isnative:
+        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected this machine's byte order")
     return jnp.asarray(value)
 
 

@@ -80,7 +80,8 @@ class Geometry:
         return dataclasses.replace(self, groups=self.groups * times, deform_groups=self.deform_groups * times)
 
 
-def _integer(name: str, argument: str, value: Any) -> int:
+def to_integer(name: str, argument: str, value: Any) -> int:
+    """An int, of Python, numpy or JAX, but no bool."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: {argument} must be an integer, got {value!r}")
     try:
@@ -94,7 +95,7 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     values = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name}: {argument} must be an integer or a pair (height, width), got {value!r}")
-    pair = tuple(_integer(name, argument, v) for v in values)
+    pair = tuple(to_integer(name, argument, v) for v in values)
     if min(pair) < minimum:
         raise ValueError(f"{name}: {argument} must be at least {minimum}, got {value!r}")
     if max(pair) > MAX_PIXELS:
@@ -104,7 +105,7 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
 
 def to_count(name: str, argument: str, value: Any) -> int:
     """A positive int."""
-    count = _integer(name, argument, value)
+    count = to_integer(name, argument, value)
     if count < 1:
         raise ValueError(f"{name}: {argument} must be at least 1, got {value!r}")
     return count

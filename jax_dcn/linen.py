@@ -44,7 +44,7 @@ class DeformConv2d(_layers.DeformConv2d, nn.Module):
     """
 
     def __post_init__(self) -> None:
-        self._check_arguments()
+        self._check_arguments(self.bias)
         super().__post_init__()
 
     @nn.compact
@@ -93,7 +93,7 @@ class ModulatedDeformConv2d(_layers.ModulatedDeformConv2d, nn.Module):
     """
 
     def __post_init__(self) -> None:
-        self._check_arguments()
+        self._check_arguments(self.bias)
         super().__post_init__()
 
     @nn.compact

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_dcn.geometry import check_data_format
+from jax_dcn.geometry import check_data_format, to_count, to_integer
 
 try:
     from flax import nnx
@@ -57,6 +57,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
         if self.norm_eval or self.use_running_average:
             return super().__call__(x, use_running_average=True)
         before = self.momentum * self.var[...]
@@ -194,14 +195,19 @@ class ResNet(nnx.Module):
             raise ValueError(f"{name}: depth must be one of {tuple(_BLOCKS)}, got {depth}")
         if style not in ("pytorch", "caffe"):
             raise ValueError(f"{name}: style must be 'pytorch' or 'caffe', got {style!r}")
-        if not 1 <= num_stages <= 4:
+        if not 1 <= to_integer(name, "num_stages", num_stages) <= 4:
             raise ValueError(f"{name}: num_stages must be from 1 to 4, got {num_stages}")
         for argument, value in (("strides", strides), ("dilations", dilations), ("stage_with_dcn", stage_with_dcn)):
             if len(value) < num_stages:
                 raise ValueError(f"{name}: {argument} has {len(value)} entries, expected {num_stages} = num_stages")
+        for argument, value in (("strides", strides), ("dilations", dilations)):
+            for entry in value[:num_stages]:
+                to_count(name, argument, entry)
+        for argument, value in (("base_channels", base_channels), ("groups", groups), ("base_width", base_width)):
+            to_count(name, argument, value)
         if not out_indices or not all(0 <= index < num_stages for index in out_indices):
             raise ValueError(f"{name}: out_indices must be stages below {num_stages} = num_stages, got {out_indices}")
-        if not -1 <= frozen_stages <= num_stages:
+        if not -1 <= to_integer(name, "frozen_stages", frozen_stages) <= num_stages:
             raise ValueError(f"{name}: frozen_stages must be from -1 to {num_stages}, got {frozen_stages}")
         fallback, dcn = _check_dcn(name, dcn)
         norms_trained = _check_norm(name, norm_cfg)
@@ -237,7 +243,6 @@ class ResNet(nnx.Module):
                 )
                 channels = planes * Bottleneck.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
-        self.num_stages = num_stages
 
         if frozen_stages >= 0:
             _freeze(self.conv1)

@@ -33,7 +33,7 @@ class DeformConv2d(_layers.DeformConv2d, nnx.Module):
     rngs: dataclasses.InitVar[nnx.Rngs]
 
     def __post_init__(self, bias: bool, rngs: nnx.Rngs) -> None:
-        self._check_arguments()
+        self._check_arguments(bias)
         self.kernel, self.bias = _parameters(self, bias, rngs)
 
     def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ class ModulatedDeformConv2d(_layers.ModulatedDeformConv2d, nnx.Module):
     rngs: dataclasses.InitVar[nnx.Rngs]
 
     def __post_init__(self, bias: bool, rngs: nnx.Rngs) -> None:
-        self._check_arguments()
+        self._check_arguments(bias)
         self.kernel, self.bias = _parameters(self, bias, rngs)
 
     def __call__(self, x: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:

@@ -122,6 +122,15 @@ def test_dtype_that_is_not_supported(function, name, dtype):
 
 
 @both_functions
+@pytest.mark.parametrize("name", valid_shapes())
+def test_byte_order(function, name):
+    operands = {operand: np.ones(shape, "f8") for operand, shape in valid_shapes().items()}
+    operands[name] = operands[name].astype(np.dtype("f8").newbyteorder())
+    with raises(function, TypeError, f"{name} has dtype {operands[name].dtype}, expected this machine's byte order"):
+        function(**operands, **ARGUMENTS)
+
+
+@both_functions
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_weight_and_bias_have_the_dtype_of_x(function, name):
     with raises(function, TypeError, f"{name} has dtype bfloat16, expected x's, float32"):

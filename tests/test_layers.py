@@ -388,6 +388,13 @@ def test_wrong_arguments(api, name, options, message):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bias", ["no", None, 1])
+def test_bias_of_the_wrong_type(api, name, bias):
+    with pytest.raises(TypeError, match=f"^{name}: bias must be a bool, got {bias!r}"):
+        construct(api, name, **dict(OPTIONS, bias=bias))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_argument_of_the_wrong_type(api, name):
     with pytest.raises(TypeError, match=f"^{name}: stride must be an integer, got 1.5"):
         construct(api, name, **dict(OPTIONS, stride=1.5))

@@ -1,6 +1,9 @@
 """Checkpoints: files, names, layouts, and the errors that say what does not fit."""
 
+import collections
 import logging
+import re
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +115,73 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, zipped):
     assert not (tmp_path / "made").exists()
 
 
+class OwnDict(dict):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (Malicious("made"), r"Trying to load unsupported GLOBAL posix\.mkdir whose module posix is blocked"),
+        (collections.defaultdict(int, a=1), r"Can only SETITEM .* but got <class 'collections\.defaultdict'>"),
+        (collections.deque([1]), r"Can only append to lists, but got <class 'collections\.deque'>"),
+        (OwnDict(a=1), r"Can only SETITEM .* but got <class 'test_mmcv\.OwnDict'>"),
+    ],
+)
+def test_what_cannot_be_read_safely(tmp_path, value, cause):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": value}, path := tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=rf"bad\.pth cannot be read safely: {cause}\.?$") as caught:
+        mmcv.load_checkpoint(path)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "weights_only" not in shown.split("ValueError: ")[-1] and "_Inert" not in shown
+    assert "set to `False`" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"", r"cannot be read safely: EOFError$"),
+        ("a.pth", b"hello world", r"cannot be read safely: \w+Error$"),
+        ("a.pth", b"PK\x03\x04 cut off", r"cannot be read safely: PytorchStreamReader failed"),
+        ("a.safetensors", b"", r"cannot be read: .*header"),
+        ("a.safetensors", b"hello world", r"cannot be read: .*header"),
+    ],
+)
+def test_corrupt_files(tmp_path, capsys, name, content, message):
+    pytest.importorskip("safetensors" if name.endswith("safetensors") else "torch")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        mmcv.load_checkpoint(tmp_path / name)
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["convert", str(tmp_path / name), str(tmp_path / "out.pth")])
+    assert re.search(rf"^error: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "<i8", "|u1", "|b1", "<c8"])
+def test_numpy_arrays_in_a_pth(tmp_path, zipped, dtype):
+    torch = pytest.importorskip("torch")
+    arrays = {
+        "a": np.arange(6).reshape(2, 3).astype(dtype),
+        "transposed": np.arange(6).reshape(2, 3).astype(dtype).T,
+        "scalar": np.dtype(dtype).type(1),
+    }
+    torch.save(arrays, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    expected = {key: np.array(value, np.dtype(dtype).newbyteorder("="), order="C") for key, value in arrays.items()}
+    assert_same(mmcv.load_checkpoint(tmp_path / "a.pth"), expected)
+
+
+def test_numpy_arrays_of_objects_stay_inert(tmp_path):
+    torch = pytest.importorskip("torch")
+    objects = np.array([None, "a"], object)
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": objects}, tmp_path / "a.pth")
+    assert set(mmcv.load_checkpoint(tmp_path / "a.pth")) == {"a"}
+    torch.save({"a": objects}, tmp_path / "b.pth")
+    with pytest.raises(TypeError, match=r"^a is not an array of numbers but ndarray$"):
+        mmcv.load_checkpoint(tmp_path / "b.pth")
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("safetensors")
@@ -122,11 +192,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "3 arrays, 0.0 MiB, float32" in printed.out
     assert (
-        "renamed by rule 'conv_offset_mask': 2, for example layer2.0.conv2.conv_offset_mask.weight "
-        "-> layer2.0.conv2.conv_offset.weight" in printed.out
+        "renamed by rule 'conv_offset_mask': 2, for example backbone.layer2.0.conv2.conv_offset_mask.weight "
+        "-> backbone.layer2.0.conv2.conv_offset.weight" in printed.out
     )
     assert "in.pth" in printed.err  # the progress bar
     assert_same(mmcv.load_checkpoint(tmp_path / "out.safetensors"), pack("layer2.0.conv2."))
+    command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "same.safetensors"), "--keep-names"])
+    assert_same(mmcv.load_checkpoint(tmp_path / "same.safetensors", rules=False), arrays)
     with pytest.raises(SystemExit, match="1"):
         command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out.npz")])
     assert "out.npz must end in .pth, .pt or .safetensors" in capsys.readouterr().err
@@ -160,6 +232,7 @@ def test_mappings_are_unwrapped():
         {"state_dict": arrays, "meta": {}},
         {"params": {}, "params_ema": arrays},
         {"model": {"state_dict": arrays}},
+        {"params": arrays, "params_ema": {}},
     ):
         assert_same(mmcv.load_checkpoint(checkpoint), arrays)
     loaded = mmcv.load_checkpoint(arrays)
@@ -173,6 +246,25 @@ def test_prefix(prefix):
     assert_same(mmcv.load_checkpoint(arrays, prefix), pack())
     with pytest.raises(ValueError, match=r"no key starts with 'body\.'; the keys start with backbone\., neck\."):
         mmcv.load_checkpoint(arrays, "body")
+
+
+@pytest.mark.parametrize("prefix", ["backbone", "module.backbone."])
+def test_prefix_below_data_parallel(prefix):
+    arrays = {f"module.backbone.{key}": array for key, array in pack().items()} | {"module.neck.a": np.ones(1)}
+    assert_same(mmcv.load_checkpoint(arrays, prefix), pack())
+
+
+def test_prefix_beside_other_objects():
+    arrays = {f"backbone.{key}": array for key, array in pack().items()} | {"epoch": 3, "backbone_name": "ResNet"}
+    assert_same(mmcv.load_checkpoint(arrays, "backbone"), pack())
+
+
+@pytest.mark.parametrize("start", ["", "module."])
+def test_prefix_of_one_version_1_layer(start):
+    old = pack(f"{start}backbone.layer2.0.conv2.") | {f"{start}backbone.layer2.0.conv1.weight": normal(2, 2)}
+    old = {key.replace(".conv2.conv_offset.", ".conv2_offset."): array for key, array in old.items()}
+    module = mmcv.load_into(layer(), old, prefix="backbone.layer2.0.conv2")
+    assert_same(mmcv.to_state_dict(module), pack())
 
 
 @pytest.mark.parametrize("channels", [18, 27, 2 * 27])
@@ -201,10 +293,19 @@ def test_other_layers_called_offset_keep_their_name():
     heads = {"reg.weight": normal(4, 8, 3, 3), "reg_offset.weight": normal(4, 8, 1, 1), "reg_offset.bias": normal(4)}
     alone = {"pts_offset.weight": normal(18, 8, 3, 3)}
     small = {"reg.weight": normal(4, 8, 1, 1), "reg_offset.weight": normal(2, 8, 1, 1)}
-    for arrays in heads, alone, small:
+    taps = {"reg.weight": normal(6, 4, 3, 3), "reg_offset.weight": normal(36, 4, 1, 1), "reg_offset.bias": normal(36)}
+    inputs = {"reg.weight": normal(6, 4, 3, 3), "reg_offset.weight": normal(36, 6, 3, 3)}
+    bias = {"reg.weight": normal(6, 4, 3, 3), "reg_offset.bias": normal(18)}
+    for arrays in heads, alone, small, taps, inputs, bias:
         loaded = mmcv.load_checkpoint(arrays)
         assert_same(loaded, arrays)
         assert loaded.renamed == {}
+
+
+def test_version_1_with_groups():
+    """conv_offset has one group, so its weight has more input channels."""
+    old = {"conv2.weight": normal(8, 2, 3, 3), "conv2_offset.weight": normal(18, 8, 3, 3)}
+    assert set(mmcv.load_checkpoint(old)) == {"conv2.weight", "conv2.conv_offset.weight"}
 
 
 def test_conv_offset_mask_and_data_parallel():
@@ -243,6 +344,56 @@ def test_separate_convolutions():
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+class Port(nnx.Module):
+    """A module with given names, some of which the rules would change."""
+
+    def __init__(self, **submodules):
+        for name, submodule in submodules.items():
+            setattr(self, name, submodule)
+
+
+class LinenPort(linen.Module):
+    names: tuple[str, ...]
+
+    @linen.compact
+    def __call__(self, x):
+        for name in self.names:
+            x = linen.Conv(27, (3, 3), name=name)(x)
+        return x
+
+
+def convolution(out_channels=27):
+    return nnx.Conv(C_IN, out_channels, (3, 3), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("start", ["", "backbone.", "module.backbone."])
+@pytest.mark.parametrize(
+    "names",
+    [("module",), ("dcn", "dcn_offset"), ("conv_offset_mask",), ("regular_conv", "offset_conv", "modulator_conv")],
+)
+def test_names_that_the_module_has_itself_stay(tmp_path, names, start):
+    pytest.importorskip("safetensors")
+    module = Port(**{name: convolution() for name in names})
+    arrays = mmcv.to_state_dict(module, start)
+    assert_same(mmcv.to_state_dict(mmcv.load_into(module, arrays, start)), mmcv.to_state_dict(module))
+    mmcv.save_checkpoint(arrays, tmp_path / "a.safetensors")
+    loaded = mmcv.load_checkpoint(tmp_path / "a.safetensors", rules=False)
+    assert loaded.renamed == {}
+    assert_same(loaded, arrays)
+    mmcv.load_into(module, loaded, start)
+    variables = LinenPort(names).init(jax.random.key(0), jnp.zeros((1, 4, 4, 27)))
+    mmcv.load_into(variables, mmcv.to_state_dict(variables, start), start)
+
+
+def test_offset_layer_beside_its_user():
+    """Not a Pack: a layer that is given offsets, and the convolution that computes them."""
+    module = Port(conv=jax_dcn.nnx.DeformConv2d(C_IN, C_OUT, 3, rngs=nnx.Rngs(0)), conv_offset=convolution(18))
+    arrays = mmcv.to_state_dict(module)
+    assert set(arrays) == {"conv.weight", "conv_offset.weight", "conv_offset.bias"}
+    mmcv.load_into(module, arrays)
+    mmcv.load_into(module, mmcv.load_checkpoint(arrays, rules=False))
+
+
 def test_rules_are_logged(caplog):
     with caplog.at_level(logging.INFO, "jax_dcn.mmcv"):
         mmcv.load_checkpoint(pack(offset="conv_offset_mask"))
@@ -278,6 +429,101 @@ def test_converted_layouts():
     }
     np.testing.assert_array_equal(tree["conv"]["kernel"], arrays["conv.weight"].transpose(2, 3, 1, 0))
     assert_same(mmcv.to_state_dict(tree), arrays)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x.weight", "x.scale"], r"x\.scale and x\.weight have no room in one tree, at x/scale"),
+        (["x.running_mean", "x.mean"], r"x\.mean and x\.running_mean have no room"),
+        (["x", "x.y"], r"x\.y and another name have no room in one tree, at x/y"),
+        (["x.y", "x"], r"x and another name have no room in one tree, at x"),
+        (["x", "x.y.z"], r"x\.y\.z and another name have no room in one tree, at x/y/z"),
+    ],
+)
+def test_names_that_become_one(names, message):
+    with pytest.raises(ValueError, match=f"^convert_state_dict: {message}"):
+        mmcv.convert_state_dict({name: normal(3) for name in names})
+
+
+class Parameters(nnx.Module):
+    def __init__(self, **shapes):
+        for name, shape in shapes.items():
+            setattr(self, name, nnx.Param(jnp.asarray(normal(*shape, seed=len(name)))))
+
+
+OWN_NAMES = {
+    "a.scale": (3,),
+    "b.kernel": (2, 3, 4),
+    "c.mean": (3,),
+    "c.var": (3,),
+    "d.embedding": (4, 3),
+    "e.weight": (3,),
+    "e.kernel": (3, 2),
+    "e.scale": (3,),
+}
+
+
+def test_parameters_with_names_of_flax():
+    """In a module of one's own they have them in torch too, and its layout."""
+    arrays = {key: normal(*shape, seed=i) for i, (key, shape) in enumerate(OWN_NAMES.items())}
+    shapes = {}
+    for key, shape in OWN_NAMES.items():
+        parent, name = key.split(".")
+        shapes.setdefault(parent, {})[name] = shape
+    module = Port(**{parent: Parameters(**names) for parent, names in shapes.items()})
+    mmcv.load_into(module, arrays)
+    np.testing.assert_array_equal(module.b.kernel[...], arrays["b.kernel"])
+    assert_same(mmcv.to_state_dict(module, names=arrays), arrays)
+    tree = mmcv.convert_state_dict({key: arrays[key] for key in arrays if not key.startswith("e.")})
+    assert set(mmcv.to_state_dict(tree)) == {"a.weight", "b.weight", "c.running_mean", "c.running_var", "d.weight"}
+    np.testing.assert_array_equal(tree["b"]["kernel"], arrays["b.kernel"])
+    np.testing.assert_array_equal(mmcv.to_state_dict(tree, names=arrays)["b.kernel"], arrays["b.kernel"])
+    linen_arrays = mmcv.to_state_dict(mmcv.load_into({"params": tree}, {"a.scale": arrays["a.scale"]}, strict=False))
+    np.testing.assert_array_equal(linen_arrays["a.weight"], arrays["a.scale"])
+
+
+def test_parameters_with_one_name_in_torch():
+    with pytest.raises(ValueError, match=r"a\.embedding and a\.kernel would both be a\.weight in a state dict"):
+        mmcv.to_state_dict(Port(a=Parameters(embedding=(2, 3), kernel=(2, 3))))
+
+
+@pytest.mark.parametrize("build", [lambda build: build(), nnx.eval_shape], ids=["concrete", "abstract"])
+def test_shared_layers(build):
+    """torch's state dict has them under all of their names."""
+
+    class Head(nnx.Module):
+        def __init__(self):
+            self.convs = nnx.Sequential(convolution(), nnx.relu)
+            self.again = self.convs.layers[0]
+            self.bn = jax_dcn.models.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.a = Head()
+            self.b = self.a
+            self.tied = Parameters(weight=(3,))
+            self.tied.other = self.tied.weight
+            self.tied.parent = self  # a cycle has no end of names, of which torch can have none
+
+    arrays = {
+        f"{head}.{name}": normal(*shape, seed=1)
+        for head in "ab"
+        for conv in ("convs.0", "again")
+        for name, shape in ((f"{conv}.weight", (27, C_IN, 3, 3)), (f"{conv}.bias", (27,)))
+    }
+    arrays |= {f"{head}.bn.{name}": normal(3, seed=2) for head in "ab" for name in ("weight", "bias", "running_mean")}
+    arrays |= {f"{head}.bn.running_var": normal(3, seed=3) ** 2 for head in "ab"}
+    arrays |= {f"{head}.bn.num_batches_tracked": np.array(7) for head in "ab"}
+    arrays |= {f"tied.{name}": normal(3, seed=4) for name in ("weight", "other")}
+    module = mmcv.load_into(build(Model), arrays)
+    assert module.a is module.b and module.tied.weight is module.tied.other
+    assert_same(mmcv.to_state_dict(module), arrays)
+    # One of the names is enough.
+    some = {key: array for key, array in arrays.items() if key.startswith(("a.convs.", "b.bn.", "tied.other"))}
+    assert_same(mmcv.to_state_dict(mmcv.load_into(build(Model), some)), arrays)
+    with pytest.raises(mmcv.StateDictError, match=r"missing \(4\)"):
+        mmcv.load_into(build(Model), {key: array for key, array in some.items() if not key.endswith("0.bias")})
 
 
 @pytest.mark.parametrize("name", ["DeformConv2dPack", "ModulatedDeformConv2dPack"])
@@ -356,6 +602,20 @@ def test_checkpoints_without_counters(abstract):
     assert_same(mmcv.to_state_dict(norm), arrays | {"num_batches_tracked": np.array(0)})
 
 
+def test_counters_above_32_bits():
+    arrays = {name: normal(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    norm = jax_dcn.models.BatchNorm(3, rngs=nnx.Rngs(0))
+    mmcv.load_into(norm, arrays | {"num_batches_tracked": np.array(2**40)})
+    assert norm.num_batches_tracked[...] == 2**31 - 1
+
+
+def test_complex_numbers():
+    before = mmcv.to_state_dict(module := layer())
+    with pytest.raises(TypeError, match=r"^load_into: conv_offset\.bias is complex, expected float32$"):
+        mmcv.load_into(module, pack() | {"conv_offset.bias": np.ones(27, np.complex64)})
+    assert_same(mmcv.to_state_dict(module), before)
+
+
 def test_dtype_of_the_module():
     layer = nnx.Conv(C_IN, C_OUT, (3, 3), use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     mmcv.load_into(layer, {"weight": pack()["weight"]})
@@ -421,7 +681,7 @@ def test_not_strict(caplog):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ({"a": 1}, TypeError, "a is not an array but int"),
+        ({"a": 1}, TypeError, "a is not an array of numbers but int"),
         ({0: np.ones(1)}, ValueError, "the checkpoint holds no state dict, but dict"),
         ("model.npz", ValueError, r"model\.npz must end in \.pth, \.pt or \.safetensors"),
     ],
@@ -440,3 +700,14 @@ def test_missing_file(tmp_path):
 def test_not_a_module():
     with pytest.raises(TypeError, match="module must be a Flax module or variables, got int"):
         mmcv.load_into(3, pack())
+
+
+@pytest.mark.parametrize("source", [3, linen.Dense(3), None])
+def test_not_a_source(source):
+    with pytest.raises(TypeError, match=f"source must be an nnx module, .* got {type(source).__name__}$"):
+        mmcv.to_state_dict(source)
+
+
+def test_abstract_source():
+    with pytest.raises(TypeError, match=r"source must not be abstract, got only the shape of conv_offset\.bias$"):
+        mmcv.to_state_dict(nnx.eval_shape(layer))

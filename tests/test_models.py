@@ -202,6 +202,9 @@ def test_initial_values():
         (dict(stage_with_dcn=(True,)), "stage_with_dcn has 1 entries, expected 2 = num_stages"),
         (dict(out_indices=(0, 2)), r"out_indices must be stages below 2 = num_stages, got \(0, 2\)"),
         (dict(frozen_stages=3), "frozen_stages must be from -1 to 2, got 3"),
+        (dict(strides=(1, 0)), "strides must be at least 1, got 0"),
+        (dict(dilations=(-1, 1)), "dilations must be at least 1, got -1"),
+        (dict(groups=0), "groups must be at least 1, got 0"),
         (dict(dcn=dict(type="DCNv3")), r"dcn's type must be one of \('DCN', 'DCNv2'\), got 'DCNv3'"),
         (dict(dcn=dict(type="DCN", modulated=True)), r"dcn has unknown entries \['modulated'\]"),
         (dict(norm_cfg=dict(type="GN")), r"norm_cfg must be dict\(type='BN' or 'BN2d' or 'SyncBN'"),
@@ -211,6 +214,12 @@ def test_initial_values():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=f"^ResNet: {message}"):
         abstract(build, SMALL, **options)
+
+
+@pytest.mark.parametrize("argument", ["frozen_stages", "num_stages", "groups", "base_channels", "base_width"])
+def test_number_that_is_not_an_integer(argument):
+    with pytest.raises(TypeError, match=rf"^ResNet: {argument} must be an integer, got 1\.5"):
+        abstract(ResNet, **{**SMALL, "out_indices": (0,), argument: 1.5}, rngs=nnx.Rngs(0))
 
 
 def test_dcn_of_the_wrong_type():

@@ -1,4 +1,4 @@
-"""python -m jax_dcn.mmcv convert IN OUT [--prefix backbone.]"""
+"""python -m jax_dcn.mmcv convert IN OUT [--prefix backbone.] [--keep-names]"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def summary(state_dict: StateDict) -> str:
     return "\n".join(lines)
 
 
-def convert(source: Path, target: Path, prefix: str) -> None:
+def convert(source: Path, target: Path, prefix: str, rules: bool = True) -> None:
+    """Reads one file and writes the other, with a progress bar for a large one, and prints what was in it."""
     size = source.stat().st_size
     bar = None
     if size > _LARGE:
@@ -33,7 +34,7 @@ def convert(source: Path, target: Path, prefix: str) -> None:
             print(f"reading {size / 2**20:.0f} MiB; with tqdm installed there would be a progress bar", file=sys.stderr)
         else:
             bar = tqdm(desc=source.name, total=size, unit="B", unit_scale=True)
-    state_dict = load_checkpoint(source, prefix, progress=bar and bar.update)
+    state_dict = load_checkpoint(source, prefix, rules=rules, progress=bar and bar.update)
     if bar is not None:
         bar.close()
     save_checkpoint(state_dict, target)
@@ -41,6 +42,7 @@ def convert(source: Path, target: Path, prefix: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line, by default this process's. What cannot be done ends it with a line and the status 1."""
     parser = argparse.ArgumentParser(prog="python -m jax_dcn.mmcv", description="Checkpoints of mmcv's models.")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser(
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("source", type=Path, help=".pth, .pt or .safetensors")
     command.add_argument("target", type=Path, help=".safetensors, .pth or .pt")
     command.add_argument("--prefix", default="", help="keep only the names below this one, such as backbone.")
+    command.add_argument("--keep-names", dest="rules", action="store_false", help="apply no renaming rules")
     command.set_defaults(run=convert)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")

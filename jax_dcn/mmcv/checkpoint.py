@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +44,23 @@ def load_checkpoint(
     source: str | os.PathLike | Mapping[str, Any],
     prefix: str = "",
     *,
+    rules: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> StateDict:
     """Reads a checkpoint into a flat dict of numpy arrays, under mmcv's current names.
 
-    A `.pth` is read with weights only: no code in it runs, and objects other than arrays (training states, say) come
-    back empty. The state dict is unwrapped (`state_dict`, or BasicSR's `params_ema` and `params`, or `model`), the
-    prefix stripped, and the rules of `jax_dcn.mmcv.rules` applied. Which of them fired is in the result's `renamed`,
-    and in the log "jax_dcn.mmcv" at level INFO.
+    A `.pth` is read with weights only: no code in it runs. torch's and numpy's arrays are read, and objects of other
+    classes (training states, say) come back empty. A file with a list or dict of a class of its own, a defaultdict
+    say, is refused, as torch refuses it. The state dict is unwrapped (`state_dict`, or BasicSR's `params_ema` and
+    `params`, or `model`), the rules of `jax_dcn.mmcv.rules` are applied, and the prefix is stripped. Which rules fired
+    is in the result's `renamed`, and in the log "jax_dcn.mmcv" at level INFO.
 
     Args:
       source: a file `.pth`, `.pt` (needs torch) or `.safetensors` (needs safetensors), or a mapping from names to
         arrays of numpy, JAX or torch, itself perhaps wrapped.
       prefix: such as "backbone.": only the names below it are kept, without it. The last dot may be left out.
+      rules: False leaves all names and arrays as they are, for a module with the names of another code base. They are
+        not applied a second time to a `StateDict`.
       progress: called with the bytes of each array once it is read.
 
     Returns:
@@ -65,18 +71,42 @@ def load_checkpoint(
       TypeError: an entry that is not an array.
       ValueError: another kind of file, one that cannot be read safely, no state dict in it, or no name with the prefix.
     """
+    return read_checkpoint(source, prefix, (lambda name: False) if rules else (lambda name: True), progress)
+
+
+def read_checkpoint(
+    source: str | os.PathLike | Mapping[str, Any],
+    prefix: str,
+    keep: Callable[[str], bool],
+    progress: Callable[[int], None] | None = None,
+) -> StateDict:
+    """`load_checkpoint`, where the rules leave the names below the prefix alone for which `keep` is true."""
+    prefix = prefix and prefix.removesuffix(".") + "."
     with contextlib.ExitStack() as files:
         entries = _unwrap(source if isinstance(source, Mapping) else _open(Path(source), files))
-        kept = dict(strip_prefix(entries, prefix))
+        # The rules may bring names below the prefix that do not start with it: module.backbone., and backbone.conv2_
+        # offset. for backbone.conv2.
+        starts = tuple(
+            start + end for start in ("", "module.") for end in (prefix, prefix and prefix[:-1] + "_offset.")
+        )
         arrays = {}
-        for key, value in kept.items():
-            arrays[key] = _to_numpy(key, value() if callable(value) else value)
-            if progress:
-                progress(arrays[key].nbytes)
-    arrays, renamed = apply_rules(arrays)
+        for key, value in entries.items():
+            if key.startswith(starts):
+                arrays[key] = _to_numpy(key, value() if callable(value) else value)
+                if progress:
+                    progress(arrays[key].nbytes)
+    renamed: dict[str, list[str]] = {}
+    if not isinstance(source, StateDict):
+        arrays, renamed = apply_rules(arrays, lambda name: keep(name.removeprefix(prefix)))
+    if not any(key.startswith(prefix) for key in arrays):
+        prefix = prefix.removeprefix("module.")  # a rule's work
+    kept = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+    if prefix and not kept:
+        firsts = ", ".join(sorted({key.split(".")[0] + "." for key in entries}))
+        raise ValueError(f"no key starts with {prefix!r}; the keys start with {firsts}")
     for rule, changes in renamed.items():
         _LOG.info("rule %r fired %d times, first %s", rule, len(changes), changes[0])
-    return StateDict(arrays, renamed)
+    return StateDict(kept, renamed)
 
 
 def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -102,31 +132,25 @@ def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> N
         raise ValueError(_unknown_suffix(path))
 
 
-def strip_prefix(entries: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """The entries below a prefix, without it."""
-    if prefix and not prefix.endswith("."):
-        prefix += "."
-    if prefix and not any(key.startswith(prefix) for key in entries):
-        starts = ", ".join(sorted({key.split(".")[0] + "." for key in entries}))
-        raise ValueError(f"no key starts with {prefix!r}; the keys start with {starts}")
-    return ((key.removeprefix(prefix), value) for key, value in entries.items() if key.startswith(prefix))
-
-
 def _unwrap(entries: Any) -> Mapping[str, Any]:
     while isinstance(entries, Mapping):
-        wrapper = next((name for name in _WRAPPERS if isinstance(entries.get(name), Mapping)), None)
-        if wrapper is None:
+        wrapped = [entries[name] for name in _WRAPPERS if isinstance(entries.get(name), Mapping)]
+        if not wrapped:
             if not entries or isinstance(next(iter(entries)), str):
                 return entries
             break
-        entries = entries[wrapper]
+        entries = next(filter(None, wrapped), wrapped[0])
     raise ValueError(f"the checkpoint holds no state dict, but {type(entries).__name__}")
 
 
 def _open(path: Path, files: contextlib.ExitStack) -> Any:
     """What the file holds, the arrays not yet read where the format allows: tensors in mapped memory, or functions."""
     if path.suffix == ".safetensors":
-        file = files.enter_context(_import("safetensors", path).safe_open(path, framework="np"))
+        safetensors = _import("safetensors", path)
+        try:
+            file = files.enter_context(safetensors.safe_open(path, framework="np"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         return {key: lambda key=key: file.get_tensor(key) for key in file.keys()}
     if path.suffix in _TORCH_SUFFIXES:
         return _open_torch(path)
@@ -143,23 +167,86 @@ class _Inert:
         pass
 
 
+# Pickled numpy arrays are decoded here: numpy's own functions trust what a pickle says about a dtype.
+
+
+class _NumpyDtype(_Inert):
+    order = "="
+
+    def __init__(self, code: str, *arguments: Any):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def decode(self, data: bytes, shape: tuple[int, ...], order: str) -> np.ndarray | None:
+        """The array, unless it is of something else than numbers."""
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", self.code):
+            return None
+        dtype = np.dtype(self.code).newbyteorder(self.order)
+        return np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))
+
+
+class _NumpyArray(_Inert):
+    array: np.ndarray | None = None  # None if it is not of numbers
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.array = dtype.decode(data, shape, "F" if is_fortran else "C")
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> _NumpyArray:
+    scalar = _NumpyArray()
+    scalar.array = dtype.decode(data, (), "C")
+    return scalar
+
+
+_NumpyArray.__name__ = "ndarray"  # in errors
+
+_NUMPY = {"numpy.dtype": _NumpyDtype} | {
+    f"numpy.{core}.multiarray.{name}": stand_in
+    for core in ("core", "_core")
+    for name, stand_in in (("_reconstruct", _NumpyArray), ("scalar", _numpy_scalar))
+}
+
+
+def _stand_in(name: str) -> Any:
+    """What is made instead of an object of a class, or the result of a function."""
+    module, _, last = name.rpartition(".")
+    # A class of its own, since torch's errors name it.
+    return _NUMPY.get(name) or type(last, (_Inert,), {"__module__": module})
+
+
 def _open_torch(path: Path) -> Any:
     torch = _import("torch", path)
-    # Files of torch before 1.6 are not archives: torch neither maps them into memory nor lists the classes in them.
-    archive = zipfile.is_zipfile(path)
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
-    with torch.serialization.safe_globals([(_Inert, name) for name in classes]):
-        try:
+    with path.open("rb"):  # its errors are the user's, those of torch's reader are the file's
+        pass
+    try:
+        # Files of torch before 1.6 are not archives: torch neither maps them into memory nor lists the classes in them.
+        archive = zipfile.is_zipfile(path)
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else [*_NUMPY, "numpy.ndarray"]
+        with torch.serialization.safe_globals([(_stand_in(name), name) for name in classes]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-        except Exception as error:
-            if isinstance(error, OSError):
-                raise
-            raise ValueError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Not chained: torch's message begins with the advice to load the file unsafely.
+        raise ValueError(f"{path} cannot be read safely: {_cause(error)}") from None
+
+
+def _cause(error: Exception) -> str:
+    """What torch says is wrong, in a line, without its advice."""
+    if isinstance(error, pickle.UnpicklingError | RuntimeError | ValueError):
+        message = str(error).rpartition("WeightsUnpickler error:")[2]
+        for line in message.splitlines():
+            if line.strip() and "weights_only" not in line:
+                return line.partition("Please use")[0].strip()
+    return type(error).__name__
 
 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
+    if isinstance(value, _NumpyArray) and value.array is not None:
+        value = value.array
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"{key} is not an array but {type(value).__name__}")
+        raise TypeError(f"{key} is not an array of numbers but {type(value).__name__}")
     if hasattr(value, "detach"):  # torch's
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # numpy has none of its own

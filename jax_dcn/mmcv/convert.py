@@ -14,13 +14,14 @@ import dataclasses
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint
+from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint, read_checkpoint
 
 _LOG = logging.getLogger("jax_dcn.mmcv")
 
@@ -71,17 +72,26 @@ def convert_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[
 
     Raises:
       TypeError, ValueError: as in `load_checkpoint`.
+      ValueError: two names that would become one, or one that is part of another.
     """
+    if prefix or not isinstance(state_dict, StateDict):
+        state_dict = load_checkpoint(state_dict, prefix)
     tree: dict[str, Any] = {}
-    for key, array in _as_state_dict(state_dict, prefix).items():
+    origins: dict[str, str] = {}
+    for key, array in state_dict.items():
         *path, leaf = key.split(".")
         if leaf == "weight":
             leaf = "kernel" if array.ndim > 1 else "scale"
+            array = _to_flax(leaf, array)
         leaf = {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf)
-        node = tree
+        place = "/".join([*path, leaf])
+        node: Any = tree
         for name in path:
-            node = node.setdefault(name, {})
-        node[leaf] = _to_flax(leaf, array)
+            node = node.setdefault(name, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf in node:
+            other = origins.get(place, "another name")
+            raise ValueError(f"convert_state_dict: {key} and {other} have no room in one tree, at {place}")
+        node[leaf], origins[place] = array, key
     return tree
 
 
@@ -91,22 +101,32 @@ def to_state_dict(source: Any, prefix: str = "", *, names: Mapping[str, Any] | N
     Args:
       source: an nnx module, linen variables, or nested dicts as from `convert_state_dict`.
       prefix: put before every name, such as "backbone.". The last dot may be left out.
-      names: for linen, a state dict with the names wanted, such as the one loaded. linen calls the first of a list
-        `blocks` `blocks_0`; among `names`, that stands for `blocks.0`.
+      names: a state dict with the names wanted, such as the one loaded, where they do not follow from Flax's. linen
+        calls the first of a list `blocks` `blocks_0`; among `names`, that stands for `blocks.0`. And a parameter may be
+        called `scale`, `kernel` or `mean` in torch too, with its layout as it is.
 
     Returns:
       Arrays in PyTorch's layouts by mmcv's names. Flax's own BatchNorm has no `num_batches_tracked`, which mmcv does
-      not need, so it comes back only from modules that keep it.
+      not need, so it comes back only from modules that keep it. What an nnx module has in several places is there under
+      all of its names, as in torch.
+
+    Raises:
+      TypeError: another source, or an abstract one.
+      ValueError: two parameters that would have one name.
     """
-    if prefix and not prefix.endswith("."):
-        prefix += "."
-    joined = {_joined(name): name for name in names or ()}
+    if not isinstance(source, Mapping) and not _is_a("nnx", "Module", source):
+        raise TypeError(
+            f"to_state_dict: source must be an nnx module, linen variables or nested dicts, got {type(source).__name__}"
+        )
+    prefix = prefix and prefix.removesuffix(".") + "."
     state_dict = {}
-    for entry in _entries(source):
+    for entry in _named(_entries(source), names or (), joined=isinstance(source, Mapping)):
+        if isinstance(entry.array, jax.ShapeDtypeStruct):
+            raise TypeError(f"to_state_dict: source must not be abstract, got only the shape of {entry.key}")
         array = _to_torch(entry.leaf, np.asarray(entry.array))
         if entry.leaf == _COUNTER:
             array = array.astype(np.int64)  # which JAX only has with jax_enable_x64
-        state_dict[prefix + joined.get(entry.key, entry.key)] = array
+        state_dict[prefix + entry.key] = array
     return state_dict
 
 
@@ -121,12 +141,14 @@ def load_into(
     """Fills a module's parameters and statistics from a state dict.
 
     The module's attributes must have mmcv's names; a list, or an `nnx.Sequential`, stands for its torch counterpart.
-    Every array is cast to the dtype of the parameter that it becomes, and placed where that was.
+    Every array is cast to the dtype of the parameter that it becomes, and placed where that was. What an nnx module has
+    in several places may be under one or all of its names.
 
     Args:
       module: an nnx module, which is changed, and may be abstract (from `nnx.eval_shape`); or linen variables; or a
         linen module.
-      state_dict, prefix: as in `load_checkpoint`, whose rules apply.
+      state_dict, prefix: as in `load_checkpoint`, whose rules apply, but not to names that the module has itself. Where
+        it has those of another code base, read a file with `load_checkpoint(path, rules=False)`.
       inputs: for a linen module, what its `__call__` takes, arrays or `jax.ShapeDtypeStruct`. A layer of jax_dcn.linen
         needs none.
       strict: if False, names missing from the state dict keep their values and unexpected ones are skipped, with a
@@ -138,7 +160,7 @@ def load_into(
 
     Raises:
       StateDictError: missing, unexpected or wrongly shaped arrays, all of them in one error.
-      TypeError: a linen module without inputs, or something that is not a module.
+      TypeError: a linen module without inputs, something that is not a module, or complex numbers for real ones.
       ValueError: as in `load_checkpoint`.
     """
     nnx_module = _is_a("nnx", "Module", module)
@@ -146,14 +168,18 @@ def load_into(
         module = _linen_variables(module, inputs)
     elif not nnx_module and not isinstance(module, Mapping):
         raise TypeError(f"load_into: module must be a Flax module or variables, got {type(module).__name__}")
-    arrays = _as_state_dict(state_dict, prefix)
     entries = list(_entries(module))
-    if not nnx_module:
-        joined = {_joined(key): key for key in arrays}
-        entries = [dataclasses.replace(entry, key=joined.get(entry.key, entry.key)) for entry in entries]
+    if prefix or not isinstance(state_dict, StateDict):
+        own = {name for entry in entries for name in (entry.key, entry.flax_key)}
+        state_dict = read_checkpoint(
+            state_dict, prefix, keep=lambda name: (name if nnx_module else _joined(name)) in own
+        )
+    arrays = state_dict
+    entries = list(_named(entries, arrays, joined=not nnx_module))
 
     keys = {entry.key for entry in entries}
-    missing = [entry.key for entry in entries if entry.key not in arrays and entry.leaf != _COUNTER]
+    given = {entry.path for entry in entries if entry.key in arrays}
+    missing = [entry.key for entry in entries if entry.path not in given and entry.leaf != _COUNTER]
     unexpected = [key for key in arrays if key not in keys and key.split(".")[-1] != _COUNTER]
     misshaped = {
         entry.key: (arrays[entry.key].shape, expected)
@@ -167,11 +193,17 @@ def load_into(
     for kind, names in (("keep their values", missing), ("are skipped", unexpected)):
         if names:
             _LOG.warning("%d arrays %s: %s", len(names), kind, ", ".join(names))
+    for entry in entries:
+        if entry.key in arrays and np.iscomplexobj(arrays[entry.key]) and not jnp.iscomplexobj(entry.array):
+            raise TypeError(f"load_into: {entry.key} is complex, expected {entry.array.dtype}")
 
     loaded = {}
     for entry in entries:
         array = arrays.get(entry.key)
-        if array is None and entry.leaf == _COUNTER and entry.key in abstract:
+        if entry.leaf == _COUNTER and array is not None:
+            # JAX counts in 32 bits by default. A count this high, or a wrong one, changes no number.
+            array = np.minimum(array, np.iinfo(entry.array.dtype).max)
+        if entry.leaf == _COUNTER and entry.path not in given and entry.key in abstract:
             array = np.zeros((), np.int64)
         if array is not None:
             array = _to_flax(entry.leaf, array).astype(entry.array.dtype)
@@ -189,8 +221,9 @@ class _Entry:
     """A parameter of a module or tree, under the name that it has in a state dict."""
 
     key: str
-    leaf: str  # the last name in Flax, which decides the layout
-    path: tuple[Any, ...]
+    flax_key: str  # where the last name is Flax's
+    leaf: str  # the last name in Flax, which decides the layout; empty where torch has the same parameter by that name
+    path: tuple[Any, ...]  # the same for all names of an nnx variable
     array: Any
     variable: Any = None  # nnx's
 
@@ -202,30 +235,73 @@ def _entries(source: Any) -> Iterator[_Entry]:
         # linen's collections, "params" and "batch_stats", are no part of a name.
         collections = isinstance(source.get("params"), Mapping)
         leaves = [(path[collections:], path, array, None) for path, array in _flat(source)]
-    names = {path for path, *_ in leaves}
+    names = {name for name, *_ in leaves}
+    keys: dict[str, str] = {}
     for name, path, array, variable in leaves:
         *parents, leaf = name
+
+        def beside(*others: str, parents: list[Any] = parents) -> bool:
+            return any((*parents, other) in names for other in others)
+
         torch_leaf = leaf
-        if leaf in ("kernel", "embedding") or (leaf == "scale" and len(array.shape) == 1):  # not a 0-d factor `scale`
+        if leaf in ("kernel", "embedding") and not beside("weight"):
             torch_leaf = "weight"
-        elif leaf in ("mean", "var") and {(*parents, "mean"), (*parents, "var")} <= names:
+        elif leaf == "scale" and len(array.shape) == 1 and not beside("weight", "kernel", "embedding"):  # a norm's
+            torch_leaf = "weight"
+        elif leaf in ("mean", "var") and beside("mean") and beside("var"):
             torch_leaf = f"running_{leaf}"
-        yield _Entry(".".join([*map(str, parents), torch_leaf]), str(leaf), path, array, variable)
+        key, flax_key = (".".join(map(str, [*parents, last])) for last in (torch_leaf, leaf))
+        if key in keys:
+            raise ValueError(f"{keys[key]} and {flax_key} would both be {key} in a state dict")
+        keys[key] = flax_key
+        # A kernel beside a weight is not one of Flax's.
+        yield _Entry(key, flax_key, str(leaf) if key != flax_key or leaf != "kernel" else "", path, array, variable)
+
+
+def _named(entries: Iterable[_Entry], names: Iterable[str], *, joined: bool) -> Iterator[_Entry]:
+    """The entries under those of the names that mean them.
+
+    Where only the name in Flax is among them, it is not one of Flax's own parameters, whose names torch does not use.
+    """
+    wanted = {_joined(name) if joined else name: name for name in names}
+    for entry in entries:
+        if entry.key in wanted:
+            yield dataclasses.replace(entry, key=wanted[entry.key])
+        elif entry.flax_key in wanted:
+            yield dataclasses.replace(entry, key=wanted[entry.flax_key], leaf="")
+        else:
+            yield entry
 
 
 def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Any, Any]]:
     from flax import nnx
 
+    # Each node once. A node that is in several places has the other paths in `shared`; those within itself are cycles.
     nodes = dict(nnx.iter_graph(module))
+    shared = [
+        (first, other)
+        for first, *others in nnx.find_duplicates(module)
+        for other in others
+        if other[: len(first)] != first
+    ]
+
+    def all_paths(path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        yield path
+        for first, other in shared:
+            if path[: len(first)] == first:
+                yield from all_paths(other + path[len(first) :])
+
+    sequential = {
+        alias for path, node in nodes.items() if isinstance(node, nnx.Sequential) for alias in all_paths(path)
+    }
     for path, variable in nodes.items():
         if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState):
-            # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
-            name = tuple(
-                part
-                for depth, part in enumerate(path)
-                if not (part == "layers" and isinstance(nodes.get(path[:depth]), nnx.Sequential))
-            )
-            yield name, path, variable.get_value(), variable
+            for alias in dict.fromkeys(all_paths(path)):
+                # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
+                name = tuple(
+                    part for depth, part in enumerate(alias) if not (part == "layers" and alias[:depth] in sequential)
+                )
+                yield name, path, variable.get_value(), variable
 
 
 def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -272,10 +348,6 @@ def _torch_shape(entry: _Entry) -> tuple[int, ...]:
 
 
 # --- what is given ---
-
-
-def _as_state_dict(state_dict: Mapping[str, Any], prefix: str) -> StateDict:
-    return state_dict if isinstance(state_dict, StateDict) and not prefix else load_checkpoint(state_dict, prefix)
 
 
 def _is_a(api: str, name: str, value: Any) -> bool:

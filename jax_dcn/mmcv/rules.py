@@ -7,7 +7,6 @@ state dict and proposes new entries for old ones; a name that is there already i
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -31,13 +30,18 @@ class Rule:
     find: Callable[[Arrays], Iterator[Change]]
 
 
-def apply_rules(state_dict: Arrays) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """The state dict under mmcv's names, in its order, and what every rule that fired has changed, "old -> new"."""
+def apply_rules(
+    state_dict: Arrays, keep: Callable[[str], bool] = lambda name: False
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """The state dict under mmcv's names, in its order, and what every rule that fired has changed, "old -> new".
+
+    A name for which `keep` is true stays.
+    """
     arrays, fired = dict(state_dict), {}
     for rule in RULES:
         changes = {}
         for change in rule.find(arrays):
-            if change.new not in arrays:
+            if change.new not in arrays and not any(map(keep, change.old)):
                 changes[change.old[0]] = change
                 fired.setdefault(rule.name, []).append(f"{' + '.join(change.old)} -> {change.new}")
         gone = {old for change in changes.values() for old in change.old}
@@ -61,16 +65,26 @@ def _data_parallel(arrays: Arrays) -> Iterator[Change]:
 def _old_offset(arrays: Arrays) -> Iterator[Change]:
     """`<p>_offset.*` beside `<p>.weight`: mmcv's layers before version 2, and old DB and EasyOCR.
 
-    Other layers may have such a name, so the channels must be those of an offset, or of an offset and a mask, for a
-    kernel of more than one tap: two channels beside a 1x1 convolution may be anything.
+    Other layers may have such a name, so its weight must be one that a Pack beside `<p>.weight` has: of the same taps,
+    more than one (two channels beside a 1x1 convolution may be anything), of all the groups' input channels, and of
+    the channels of an offset, or of an offset and a mask. The bias goes where the weight goes, or is.
     """
     for key, array in arrays.items():
         if match := re.fullmatch(r"(.+)_offset\.(weight|bias)", key):
             layer = arrays.get(f"{match[1]}.weight")
-            if layer is not None and layer.ndim == 4 and array.ndim in (1, 4):
-                taps = math.prod(layer.shape[2:])
-                if taps > 1 and 0 in (array.shape[0] % (2 * taps), array.shape[0] % (3 * taps)):
+            weight = arrays.get(f"{match[1]}_offset.weight", arrays.get(f"{match[1]}.conv_offset.weight"))
+            if layer is not None and weight is not None and _fits_pack(layer, weight):
+                if array.shape[0] == weight.shape[0]:
                     yield Change((key,), f"{match[1]}.conv_offset.{match[2]}", array)
+
+
+def _fits_pack(layer: np.ndarray, offset: np.ndarray) -> bool:
+    if layer.ndim != 4 or offset.ndim != 4 or layer.shape[2:] != offset.shape[2:]:
+        return False
+    taps, group_in = layer.shape[2] * layer.shape[3], layer.shape[1]
+    if taps <= 1 or group_in < 1 or offset.shape[1] % group_in:
+        return False
+    return 0 in (offset.shape[0] % (2 * taps), offset.shape[0] % (3 * taps))
 
 
 def _conv_offset_mask(arrays: Arrays) -> Iterator[Change]:
