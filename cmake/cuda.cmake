@@ -4,8 +4,9 @@ include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   # Machine code for every generation from Ampere on, as far as the compiler has it, PTX of the newest for those to
-  # come, and of the oldest for those between, like Thor's 11.0. CMAKE_CUDA_ARCHITECTURES, or the environment's CUDAARCHS, takes its place. OFF keeps CMake from noting the
-  # compiler's own default, which the next run would take for the user's choice.
+  # come, and of the oldest for those between, like Thor's 11.0. CMAKE_CUDA_ARCHITECTURES, or the environment's
+  # CUDAARCHS, takes its place. OFF keeps CMake from noting the compiler's own default, which the next run would take for
+  # the user's choice.
   set(choose_architectures FALSE)
   if("${CMAKE_CUDA_ARCHITECTURES}$ENV{CUDAARCHS}" STREQUAL "")
     set(choose_architectures TRUE)

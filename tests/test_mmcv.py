@@ -166,6 +166,7 @@ def test_numpy_arrays_in_a_pth(tmp_path, zipped, dtype):
         "a": np.arange(6).reshape(2, 3).astype(dtype),
         "transposed": np.arange(6).reshape(2, 3).astype(dtype).T,
         "scalar": np.dtype(dtype).type(1),
+        "empty": np.zeros((0, 4), dtype),
     }
     torch.save(arrays, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     expected = {key: np.array(value, np.dtype(dtype).newbyteorder("="), order="C") for key, value in arrays.items()}
@@ -176,6 +177,8 @@ def test_numpy_arrays_of_objects_stay_inert(tmp_path):
     torch = pytest.importorskip("torch")
     objects = np.array([None, "a"], object)
     torch.save({"state_dict": {"a": torch.ones(2)}, "meta": objects}, tmp_path / "a.pth")
+    assert set(mmcv.load_checkpoint(tmp_path / "a.pth")) == {"a"}
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": np.ones(2, jnp.bfloat16)}, tmp_path / "a.pth")
     assert set(mmcv.load_checkpoint(tmp_path / "a.pth")) == {"a"}
     torch.save({"a": objects}, tmp_path / "b.pth")
     with pytest.raises(TypeError, match=r"^a is not an array of numbers but ndarray$"):

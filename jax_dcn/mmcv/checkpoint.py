@@ -50,10 +50,11 @@ def load_checkpoint(
     """Reads a checkpoint into a flat dict of numpy arrays, under mmcv's current names.
 
     A `.pth` is read with weights only: no code in it runs. torch's and numpy's arrays are read, and objects of other
-    classes (training states, say) come back empty. A file with a list or dict of a class of its own, a defaultdict
-    say, is refused, as torch refuses it. The state dict is unwrapped (`state_dict`, or BasicSR's `params_ema` and
-    `params`, or `model`), the rules of `jax_dcn.mmcv.rules` are applied, and the prefix is stripped. Which rules fired
-    is in the result's `renamed`, and in the log "jax_dcn.mmcv" at level INFO.
+    classes (training states, say) come back empty. A file with a list or dict of a class of its own, a defaultdict say,
+    is refused, as torch refuses it, and so is one of torch before 1.6 with any object of another class. The state dict
+    is unwrapped (`state_dict`, or BasicSR's `params_ema` and `params`, or `model`), the rules of `jax_dcn.mmcv.rules`
+    are applied, and the prefix is stripped. Which rules fired is in the result's `renamed`, and in the log
+    "jax_dcn.mmcv" at level INFO.
 
     Args:
       source: a file `.pth`, `.pt` (needs torch) or `.safetensors` (needs safetensors), or a mapping from names to
@@ -95,12 +96,15 @@ def read_checkpoint(
                 arrays[key] = _to_numpy(key, value() if callable(value) else value)
                 if progress:
                     progress(arrays[key].nbytes)
-    renamed: dict[str, list[str]] = {}
-    if not isinstance(source, StateDict):
+    if isinstance(source, StateDict):
+        renamed = source.renamed
+    else:
         arrays, renamed = apply_rules(arrays, lambda name: keep(name.removeprefix(prefix)))
-    if not any(key.startswith(prefix) for key in arrays):
-        prefix = prefix.removeprefix("module.")  # a rule's work
-    kept = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+    def below(start: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(start): array for key, array in arrays.items() if key.startswith(start)}
+
+    kept = below(prefix) or below(prefix.removeprefix("module."))  # which a rule may have taken off
     if prefix and not kept:
         firsts = ", ".join(sorted({key.split(".")[0] + "." for key in entries}))
         raise ValueError(f"no key starts with {prefix!r}; the keys start with {firsts}")
@@ -180,30 +184,36 @@ class _NumpyDtype(_Inert):
         self.order = state[1]
 
     def decode(self, data: bytes, shape: tuple[int, ...], order: str) -> np.ndarray | None:
-        """The array, unless it is of something else than numbers."""
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", self.code):
+        """The array, unless it is of something else than numbers, or not as numpy writes it."""
+        if not isinstance(self.code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", self.code):
             return None
-        dtype = np.dtype(self.code).newbyteorder(self.order)
-        return np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))
+        try:
+            dtype = np.dtype(self.code).newbyteorder(self.order)
+            return np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))
+        except (TypeError, ValueError):
+            return None
 
 
 class _NumpyArray(_Inert):
     array: np.ndarray | None = None  # None if it is not of numbers
 
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, is_fortran, data = state
-        self.array = dtype.decode(data, shape, "F" if is_fortran else "C")
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (_, shape, _NumpyDtype() as dtype, is_fortran, data):
+                self.array = dtype.decode(data, shape, "F" if is_fortran else "C")
 
 
-def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> _NumpyArray:
+def _numpy_scalar(dtype: Any, data: Any = None) -> _NumpyArray:
     scalar = _NumpyArray()
-    scalar.array = dtype.decode(data, (), "C")
+    if isinstance(dtype, _NumpyDtype):
+        scalar.array = dtype.decode(data, (), "C")
     return scalar
 
 
 _NumpyArray.__name__ = "ndarray"  # in errors
 
-_NUMPY = {"numpy.dtype": _NumpyDtype} | {
+# An empty array's bytes are a call of `bytes` in torch's pickles.
+_NUMPY = {"numpy.dtype": _NumpyDtype, "builtins.bytes": bytes} | {
     f"numpy.{core}.multiarray.{name}": stand_in
     for core in ("core", "_core")
     for name, stand_in in (("_reconstruct", _NumpyArray), ("scalar", _numpy_scalar))
@@ -227,6 +237,8 @@ def _open_torch(path: Path) -> Any:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else [*_NUMPY, "numpy.ndarray"]
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in classes]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except MemoryError:
+        raise
     except Exception as error:
         # Not chained: torch's message begins with the advice to load the file unsafely.
         raise ValueError(f"{path} cannot be read safely: {_cause(error)}") from None

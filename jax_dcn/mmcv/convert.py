@@ -200,9 +200,9 @@ def load_into(
     loaded = {}
     for entry in entries:
         array = arrays.get(entry.key)
-        if entry.leaf == _COUNTER and array is not None:
+        if entry.leaf == _COUNTER and array is not None and jnp.issubdtype(entry.array.dtype, jnp.integer):
             # JAX counts in 32 bits by default. A count this high, or a wrong one, changes no number.
-            array = np.minimum(array, np.iinfo(entry.array.dtype).max)
+            array = np.minimum(array.astype(np.int64), np.iinfo(entry.array.dtype).max)
         if entry.leaf == _COUNTER and entry.path not in given and entry.key in abstract:
             array = np.zeros((), np.int64)
         if array is not None:

@@ -74,7 +74,7 @@ def _old_offset(arrays: Arrays) -> Iterator[Change]:
             layer = arrays.get(f"{match[1]}.weight")
             weight = arrays.get(f"{match[1]}_offset.weight", arrays.get(f"{match[1]}.conv_offset.weight"))
             if layer is not None and weight is not None and _fits_pack(layer, weight):
-                if array.shape[0] == weight.shape[0]:
+                if array.shape[:1] == weight.shape[:1]:
                     yield Change((key,), f"{match[1]}.conv_offset.{match[2]}", array)
 
 

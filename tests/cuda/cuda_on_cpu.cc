@@ -94,6 +94,22 @@ class Allocations {
   std::list<Allocation> inputs_, outputs_;
 };
 
+// Loads the kernels, which must launch none, and runs the call, which must launch no others.
+template <class Function>
+cuda::Status LoadAndRun(cuda::Options options, const Function& function) {
+  options.load_only = true;
+  const cuda::Status status = function(options);
+  if (status.error != cudaSuccess) return status;
+  const bool launched = !cuda::on_cpu::launched.empty();
+  options.load_only = false;
+  const cuda::Status result = function(options);
+  if (launched || cuda::on_cpu::loaded != cuda::on_cpu::launched) {
+    std::fprintf(stderr, "the kernels loaded are not those launched\n");
+    std::exit(6);
+  }
+  return result;
+}
+
 cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options options) {
   const Geometry& g = call.geometry;
   const int64_t taps = g.pixels() * g.mask_channels();
@@ -104,7 +120,8 @@ cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options option
   a.weight = arrays.Input(true, g.weights(), call.dtype);
   a.bias = arrays.Input(call.bias != 0, g.c_out, call.dtype);
   a.y = arrays.Output(true, g.pixels() * g.c_out, call.dtype);
-  return cuda::Forward(g, a, arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options)), options, nullptr);
+  void* workspace = arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options));
+  return LoadAndRun(options, [&](cuda::Options o) { return cuda::Forward(g, a, workspace, o, nullptr); });
 }
 
 cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options options) {
@@ -126,7 +143,7 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
   const WantedGradients wanted{call.wanted[0] != 0, call.wanted[1] != 0, call.wanted[2] != 0, call.wanted[3] != 0,
                                call.wanted[4] != 0};
   void* workspace = arrays.Workspace(cuda::BackwardWorkspace(g, wanted, a.x.dtype, options));
-  return cuda::Backward(g, a, workspace, options, nullptr);
+  return LoadAndRun(options, [&](cuda::Options o) { return cuda::Backward(g, a, workspace, o, nullptr); });
 }
 
 }  // namespace

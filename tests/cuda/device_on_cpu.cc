@@ -25,6 +25,7 @@ namespace cuda {
 namespace on_cpu {
 
 Settings settings;
+std::set<void (*)()> loaded, launched;
 
 namespace {
 

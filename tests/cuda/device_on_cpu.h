@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <tuple>
 #include <type_traits>
 
@@ -82,6 +83,9 @@ void CopyAsync16(ptrdiff_t to, const Vector16& value);
 void CopyWait(int pending);
 
 cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread);
+
+// The kernels that were loaded, and those that were launched.
+extern std::set<void (*)()> loaded, launched;
 
 }  // namespace on_cpu
 
@@ -257,13 +261,15 @@ inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
 }
 
 template <class... Parameters>
-cudaError_t Load(void (*)(Parameters...)) {
+cudaError_t Load(void (*kernel)(Parameters...)) {
+  on_cpu::loaded.insert(reinterpret_cast<void (*)()>(kernel));
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
+  on_cpu::launched.insert(reinterpret_cast<void (*)()>(kernel));
   const std::tuple<Parameters...> parameters(arguments...);
   return on_cpu::Run(reinterpret_cast<void (*)()>(kernel), grid, block, shared_bytes,
                      [&] { std::apply(kernel, parameters); });

@@ -206,3 +206,11 @@ def test_values_that_are_not_finite_stay_in_their_group(programs, value, mode):
     assert not np.isfinite(np.asarray(changed[:, 10:12], np.float32)).all()
     np.testing.assert_array_equal(changed[:, others], y[:, others])
     np.testing.assert_array_equal(changed_gradients["weight"][others], gradients["weight"][others])
+
+    operands = case.operands(on_cpu.dtype_of(mode))
+    gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("x",), deterministic=True)
+    operands["weight"][10:12] = value
+    changed_gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("x",), deterministic=True)
+    others = [channel for channel in range(case.c_in) if channel != 5]
+    assert not np.isfinite(changed_gradients["x"][:, 5]).all()
+    np.testing.assert_array_equal(changed_gradients["x"][:, others], gradients["x"][:, others])
