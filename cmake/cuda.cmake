@@ -3,8 +3,8 @@
 include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
-  # Machine code for every generation from Ampere on, as far as the compiler has it, PTX of the newest for those to
-  # come, and of the oldest for those between, like Thor's 11.0. CMAKE_CUDA_ARCHITECTURES, or the environment's
+  # Machine code for every generation from Turing on, as far as the compiler has it, PTX of the newest for those to
+  # come, and of 8.0 for those between, like Thor's 11.0. CMAKE_CUDA_ARCHITECTURES, or the environment's
   # CUDAARCHS, takes its place. OFF keeps CMake from noting the compiler's own default, which the next run would take for
   # the user's choice.
   set(choose_architectures FALSE)
@@ -17,7 +17,7 @@ if(CMAKE_CUDA_COMPILER)
   if(choose_architectures)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
     set(CMAKE_CUDA_ARCHITECTURES)
-    foreach(architecture 80 86 89 90 100 120)
+    foreach(architecture 75 80 86 89 90 100 120)
       if(known MATCHES "sm_${architecture}\n")
         list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture}-real)
         set(newest ${architecture})

@@ -24,11 +24,11 @@ PixelParts PlanParts(int64_t pixels, int64_t stage, int64_t blocks, int64_t byte
 }
 
 template <class A>
-WeightParts PlanWeightParts(const Problem& p) {
+WeightParts PlanWeightParts(const Problem& p, int shared_bytes) {
   using T = typename A::T;
   WeightParts w{};
   w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.group_in, kRows));
-  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, kWeightBlocks);
+  w.columns = TileColumns<T, A::kTransposedColumns, true>(p.group_out, kWeightBlocks, shared_bytes);
   w.column_tiles = static_cast<int>(CeilDiv(p.group_out, w.columns));
   w.parts = 1;
   static_cast<PixelParts&>(w) =
@@ -36,18 +36,18 @@ WeightParts PlanWeightParts(const Problem& p) {
   return w;
 }
 
-// What a backward call needs beside its arrays.
+// What a backward call needs beside its arrays, where a block may have `shared_bytes`.
 template <class A>
 struct BackwardPlan {
   using T = typename A::T;
   using Real = Accumulation<T>;
 
-  BackwardPlan(const Geometry& g, const WantedGradients& wanted, void* workspace)
+  BackwardPlan(const Geometry& g, const WantedGradients& wanted, int shared_bytes, void* workspace)
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pads_out(!A::kSmallGroups && problem.pads_out()),
         want_samples(wanted.x || wanted.offset || wanted.mask),
-        packed(problem, true, kChannels, kStage<T>),
+        packed(problem, true, kChannels<T>, kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()),
         bias_parts(CeilDiv(problem.pixels, kBiasPixels)) {
@@ -58,7 +58,7 @@ struct BackwardPlan {
       static_cast<PixelParts&>(weight_parts) =
           PlanParts(problem.pixels, kTilePixels, blocks, weight_size * int64_t{sizeof(Real)});
     } else {
-      weight_parts = PlanWeightParts<A>(problem);
+      weight_parts = PlanWeightParts<A>(problem, shared_bytes);
       weight_size = weight_parts.size(problem);
     }
     const bool sampled = want_samples || wanted.weight;
@@ -101,7 +101,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   using Real = Accumulation<T>;
   const WantedGradients wanted{bool(arrays.grad_x), bool(arrays.grad_offset), bool(arrays.grad_mask),
                                bool(arrays.grad_weight), bool(arrays.grad_bias)};
-  const BackwardPlan<A> plan(g, wanted, workspace);
+  const BackwardPlan<A> plan(g, wanted, launcher.shared_bytes(), workspace);
   const Problem& p = plan.problem;
   const int c_out = static_cast<int>(g.c_out);
   Real* grad_x = static_cast<Real*>(arrays.grad_x.data);
@@ -145,8 +145,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     const auto run = [&](const auto& grads) {
       using Grads = std::decay_t<decltype(grads)>;
       if (in_order) {
-        launcher.Run("GradXInOrder", GradXInOrderKernel<Grads>, g.batch * ChannelParts(p), GradSamplesMemory<T>::kBytes,
-                     p, samples, grads, sums);
+        launcher.Run("GradXInOrder", GradXInOrderKernel<Grads>, g.batch * ChannelParts<T>(p),
+                     GradSamplesMemory<T>::kBytes, p, samples, grads, sums);
       }
       if (!in_order || wanted.offset || wanted.mask) {
         launcher.Run("GradSamples", GradSamplesKernel<Grads>, CeilDiv(p.pixels, kRows) * p.taps,
@@ -185,8 +185,10 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
 
 int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
                           const Options& options) {
-  return WithArithmetic(geometry, dtype, options.precision,
-                        [&](auto a) { return BackwardPlan<decltype(a)>(geometry, wanted, nullptr).bytes; });
+  return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
+    return OnAnyDevice(
+        [&](int shared_bytes) { return BackwardPlan<decltype(a)>(geometry, wanted, shared_bytes, nullptr).bytes; });
+  });
 }
 
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,

@@ -1,9 +1,9 @@
 // The backward kernels.
 //
 //  - GradSamples, for the gradients of x, offset and mask: a block takes 128 output pixels and a tap. It multiplies
-//    grad_y with the weight, 64 channels at a time, which gives the gradients of its samples, and visits these: it adds
-//    to grad_x with atomics, and sums what the gradients of offset and mask need, which it alone writes.
-//    Where the order of the sums must not change from run to run, GradXInOrder adds to grad_x instead.
+//    grad_y with the weight, some channels at a time, which gives the gradients of its samples, and visits these: it
+//    adds to grad_x with atomics, and sums what the gradients of offset and mask need, which it alone writes. Where the
+//    order of the sums must not change from run to run, GradXInOrder adds to grad_x instead.
 //  - GradWeight: a block takes a part of the pixels, 128 rows of the weight (taps and channels) and a tile of output
 //    channels, and multiplies the samples, which it makes again, with grad_y. The sums of the parts are added up in
 //    their order by ReduceWeight.
@@ -20,7 +20,9 @@ namespace cuda {
 
 // --- gradients of x, offset and mask ---
 
-inline constexpr int kChannels = 64;  // of the products of GradSamples
+// Of the products of GradSamples: as many as leave room for the rest in 64 KB of shared memory.
+template <class T>
+inline constexpr int kChannels = sizeof(T) == 8 ? 32 : 64;
 
 // The left operand: the rows of grad_y and the output channels of a group. Threads share them as in SampleRows.
 template <class T, class Tag>
@@ -124,12 +126,12 @@ JAX_DCN_DEVICE void LoadChannels(const T* from, Accumulation<T> (&to)[4]) {
 
 // The gradients of the samples of a product: (kRows, kChannels), after the product in the memory of its operands.
 template <class Real>
-inline constexpr int kGradPitch = kChannels + kVector<Real>;
+inline constexpr int kGradPitch = kChannels<Real> + kVector<Real>;
 
 template <class T>
 struct GradSamplesMemory {
   using Real = Accumulation<T>;
-  static constexpr int kProduct = kProductSharedBytes<T, kChannels, false>;
+  static constexpr int kProduct = kProductSharedBytes<T, kChannels<T>, false>;
   static constexpr int kGrads = kRows * kGradPitch<Real> * int{sizeof(Real)};
   static constexpr int kLocated = kProduct > kGrads ? kProduct : kGrads;  // where they begin
   static constexpr int kSums = kLocated + LocatedSamples<Real>::kBytes;
@@ -137,20 +139,22 @@ struct GradSamplesMemory {
 };
 
 // The parts that make all channels of a tap.
+template <class T>
 JAX_DCN_INLINE int ChannelParts(const Problem& p) {
-  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels));
+  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels<T>));
 }
 
 // The channels of a part.
+template <class T>
 struct ChannelPart {
   int group, first, end;
 
   JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
-    const int tiles = ChannelParts(p) / p.groups;
+    const int tiles = ChannelParts<T>(p) / p.groups;
     group = part / tiles;
-    first = group * p.group_in + part % tiles * kChannels;
+    first = group * p.group_in + part % tiles * kChannels<T>;
     const int group_end = (group + 1) * p.group_in;
-    end = first + kChannels < group_end ? first + kChannels : group_end;
+    end = first + kChannels<T> < group_end ? first + kChannels<T> : group_end;
   }
 };
 
@@ -166,11 +170,11 @@ struct ProductGrads {
 
   JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
                            Shared<Accumulation<T>> grads) const {
-    const int64_t parts = ChannelParts(p);
-    GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart(p, part).group);
-    const CopyPacked<kChannels> right{weights + (tap * parts + part) * stages * kChannels * kStageVectors};
-    Product<T, Tag, kChannels> product;
-    MultiplyStages<T, kChannels, false>(stages, left, right, product);
+    const int64_t parts = ChannelParts<T>(p);
+    GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart<T>(p, part).group);
+    const CopyPacked<kChannels<T>> right{weights + (tap * parts + part) * stages * kChannels<T> * kStageVectors};
+    Product<T, Tag, kChannels<T>> product;
+    MultiplyStages<T, kChannels<T>, false>(stages, left, right, product);
     SyncThreads();
     product.ForEach([&](int row, int column, const auto& values) {
       for (int i = 0; i < decltype(product)::kRun; ++i) {
@@ -180,7 +184,7 @@ struct ProductGrads {
   }
 };
 
-// The same for small groups. Each thread makes those of a channel of every fourth pixel.
+// The same for small groups. Each thread makes those of a channel of every so many pixels.
 template <class T_>
 struct SmallGroupsGrads {
   using T = T_;
@@ -191,11 +195,11 @@ struct SmallGroupsGrads {
   JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
                            Shared<Accumulation<T>> grads) const {
     using Real = Accumulation<T>;
-    constexpr int kApart = kThreads / kChannels;
-    const int column = ThreadIndex() % kChannels;
-    const int padded = ChannelPart(p, part).first + column;
+    constexpr int kApart = kThreads / kChannels<T>;
+    const int column = ThreadIndex() % kChannels<T>;
+    const int padded = ChannelPart<T>(p, part).first + column;
     const int channel = padded < p.c_in ? p.Unpadded(padded) : -1;
-    for (int row = ThreadIndex() / kChannels; row < kRows; row += kApart) {
+    for (int row = ThreadIndex() / kChannels<T>; row < kRows; row += kApart) {
       const int64_t pixel = first_pixel + row;
       Real sum = 0;
       if (channel >= 0 && pixel < p.pixels) {
@@ -226,7 +230,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   const int tap = BlockIndex().x % p.taps;
   const int64_t first_pixel = static_cast<int64_t>(BlockIndex().x / p.taps) * kRows;
   const bool want_sums = grad_offset.data != nullptr || grad_mask.data != nullptr;
-  const int parts = ChannelParts(p);
+  const int parts = ChannelParts<T>(p);
   const int64_t row_stride = int64_t{p.width} * p.c_in;
   Located located(GradSamplesMemory<T>::kLocated);
   const Shared<Real> grads = SharedMemory<Real>(0);
@@ -299,8 +303,8 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   int located_group = -1;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part) {
-    const int first = ChannelPart(p, part).first;
-    const int end = ChannelPart(p, part).end;
+    const int first = ChannelPart<T>(p, part).first;
+    const int end = ChannelPart<T>(p, part).end;
     make_grads.Make(p, first_pixel, tap, part, grads);
     for (int begin = first; begin < end;) {
       const int deform_group = begin / p.deform_in;
@@ -327,11 +331,11 @@ template <class Grads, class T = typename Grads::T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
     GradXInOrderKernel(Problem p, Samples<T> samples, Grads make_grads, Accumulation<T>* grad_x) {
   using Real = Accumulation<T>;
-  const int parts = ChannelParts(p);
+  const int parts = ChannelParts<T>(p);
   const int part = BlockIndex().x % parts;
   const int64_t first_pixel = BlockIndex().x / parts * p.image_out;
   const int64_t end_pixel = first_pixel + p.image_out;
-  const ChannelPart channels(p, part);
+  const ChannelPart<T> channels(p, part);
   const int thread = ThreadIndex();
   const int channel = channels.first + thread;
   const int64_t row_stride = int64_t{p.width} * p.c_in;
@@ -422,6 +426,7 @@ class SampleColumns {
   }
 
   JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
+#pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       to[ThreadIndex() / kPixelThreads * kTransposedPitch<T, kRows> + Vector(i)] =
           vector_[i].template Interpolate<Tag>();
@@ -454,6 +459,7 @@ class SampleColumns {
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
     GradWeightKernel(Problem p, Samples<T> samples, const T* grad_y, WeightParts parts, Accumulation<T>* sums) {
+  if (kTuring && kColumns > kTuringColumns) return;
   int block = BlockIndex().x;  // blocks of the same pixels run at the same time
   const int column_tile = block % parts.column_tiles;
   block /= parts.column_tiles;

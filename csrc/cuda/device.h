@@ -33,6 +33,13 @@ struct BlockIndices {
 
 inline constexpr int kWarp = 32;
 
+// Turing has no cp.async, and its tensor cores multiply float16 only.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kTuring = true;
+#else
+inline constexpr bool kTuring = false;
+#endif
+
 // How far a loop of two rounds is unrolled that has few registers to spare: ptxas spills some on sm_80 if it is.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr int kTightUnroll = 1;
@@ -55,10 +62,8 @@ inline constexpr int kTightUnroll = 2;
 #define JAX_DCN_DEVICE __device__ __forceinline__
 #define JAX_DCN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error \
-    "jax_dcn's CUDA kernels need compute capability 8.0: tensor core products of bfloat16 and TF32, cp.async, and more \
-than the 64 KB of shared memory that earlier GPUs have"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+#error "jax_dcn's CUDA kernels need compute capability 7.5"
 #endif
 
 namespace jax_dcn {
@@ -102,6 +107,15 @@ JAX_DCN_DEVICE uint32_t SharedAddress(const void* shared) {
 
 // Copies 16 bytes from global to shared memory, or zeros if not `valid`. The copies between two commits are a group;
 // CopyWait<n> waits until all of the thread's groups but the last n have arrived.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+JAX_DCN_DEVICE void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
+  const uint4 v = valid ? __ldg(static_cast<const uint4*>(from)) : uint4{};
+  *to = {{v.x, v.y, v.z, v.w}};
+}
+JAX_DCN_DEVICE void CopyCommit() {}
+template <int kPending>
+JAX_DCN_DEVICE void CopyWait() {}
+#else
 JAX_DCN_DEVICE void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
@@ -111,6 +125,7 @@ template <int kPending>
 JAX_DCN_DEVICE void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+#endif
 
 // Loads four matrices of eight rows of 16 bytes, of which lane i names row i % 8 of matrix i / 8. Lane i receives word
 // i % 4 of row i / 4 of each; transposed, the matrices are of 16-bit elements and lane i receives elements 2 * (i % 4)
@@ -131,6 +146,16 @@ JAX_DCN_DEVICE void LoadMatrix4Transposed(uint32_t (&to)[4], Shared<const Vector
 // --- tensor cores ---
 
 // c += a * b of 16 x 32 bytes by 32 bytes x 8: mma.m16n8k16 of 16-bit types, mma.m16n8k8 of TF32.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// In two steps of eight k each; Turing multiplies float16 alone.
+JAX_DCN_DEVICE void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+  }
+}
+#else
 #define JAX_DCN_MULTIPLY_ACCUMULATE(Tag, shape)                                                                \
   JAX_DCN_DEVICE void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tag) { \
     asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
@@ -141,6 +166,7 @@ JAX_DCN_MULTIPLY_ACCUMULATE(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 JAX_DCN_MULTIPLY_ACCUMULATE(Float16, "m16n8k16.row.col.f32.f16.f16.f32")
 JAX_DCN_MULTIPLY_ACCUMULATE(TF32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef JAX_DCN_MULTIPLY_ACCUMULATE
+#endif
 
 // --- global memory ---
 
@@ -189,11 +215,15 @@ JAX_DCN_DEVICE uint32_t PackPair(float first, float second, Float16) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// The nearest TF32, as a float.
+// The nearest TF32, as a float; the value itself where there is no TF32.
 JAX_DCN_DEVICE float RoundToTF32(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return value;
+#else
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
+#endif
 }
 
 JAX_DCN_DEVICE uint32_t FloatBits(float value) { return __float_as_uint(value); }
@@ -205,6 +235,13 @@ JAX_DCN_DEVICE double BitsDouble(uint64_t bits) { return __longlong_as_double(st
 
 inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
+}
+
+// What a block of the current device may have of shared memory, in bytes: 64 KB on Turing, 99 KB and more since.
+inline cudaError_t MostSharedBytes(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : error;
 }
 
 // Loads a kernel into the current device, as its first launch would.

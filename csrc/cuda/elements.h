@@ -84,6 +84,7 @@ JAX_DCN_DEVICE void Unpack(const Vector16& vector, Accumulation<T> (&to)[kVector
 template <class T, class Tag>
 JAX_DCN_DEVICE Vector16 Pack(const Accumulation<T> (&from)[kVector<T>]) {
   Vector16 vector;
+#pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (std::is_same_v<T, double>) {
       vector.word[i] = static_cast<uint32_t>(DoubleBits(from[i / 2]) >> (i % 2 * 32));

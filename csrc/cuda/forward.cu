@@ -7,16 +7,18 @@ namespace jax_dcn {
 namespace cuda {
 namespace {
 
-// What a forward call needs beside its arrays.
+// What a forward call needs beside its arrays, where a block may have `shared_bytes`.
 template <class A>
 struct ForwardPlan {
   using T = typename A::T;
 
-  ForwardPlan(const Geometry& g, void* workspace)
+  ForwardPlan(const Geometry& g, int shared_bytes, void* workspace)
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
-        packed(problem, false, TileColumns<A::kColumns>(problem.group_out, pixel_tiles * problem.groups), kStage<T>),
+        packed(problem, false,
+               TileColumns<T, A::kColumns, false>(problem.group_out, pixel_tiles * problem.groups, shared_bytes),
+               kStage<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
     if (A::kSmallGroups) packed.vectors = 0;
@@ -41,7 +43,7 @@ template <class A>
 Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, Launcher launcher) {
   using T = typename A::T;
   using Tag = typename A::Tag;
-  const ForwardPlan<A> plan(g, workspace);
+  const ForwardPlan<A> plan(g, launcher.shared_bytes(), workspace);
   const Problem& p = plan.problem;
   const T* weight = static_cast<const T*>(arrays.weight.data);
   const T* bias = static_cast<const T*>(arrays.bias.data);
@@ -72,8 +74,10 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
 }  // namespace
 
 int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
-  return WithArithmetic(geometry, dtype, options.precision,
-                        [&](auto a) { return ForwardPlan<decltype(a)>(geometry, nullptr).bytes; });
+  return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
+    return OnAnyDevice(
+        [&](int shared_bytes) { return ForwardPlan<decltype(a)>(geometry, shared_bytes, nullptr).bytes; });
+  });
 }
 
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,

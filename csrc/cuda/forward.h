@@ -43,6 +43,7 @@ class SampleRows {
 
   JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
     const int thread = ThreadIndex();
+#pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       to[thread / 2 * kRowPitch + thread % 2 + 2 * i] = vector_[i].template Interpolate<Tag>();
     }
@@ -109,6 +110,7 @@ JAX_DCN_DEVICE void StoreRun(T* to, const float (&values)[2], bool wide) {
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
     ForwardKernel(Problem p, Samples<T> samples, const Vector16* weights, int stages, const T* bias, T* y) {
+  if (kTuring && kColumns > kTuringColumns) return;
   const int tiles = static_cast<int>(CeilDiv(p.group_out, kColumns));
   const int block = BlockIndex().x;
   const int part = block % (tiles * p.groups);  // blocks of the same pixels run at the same time

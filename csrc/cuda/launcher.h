@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "kernels.h"
@@ -34,7 +35,12 @@ class Carver {
 // Launches on a stream, or only loads the kernels, until something fails.
 class Launcher {
  public:
-  Launcher(cudaStream_t stream, bool load_only) : stream_(stream), load_only_(load_only) {}
+  Launcher(cudaStream_t stream, bool load_only) : stream_(stream), load_only_(load_only) {
+    Check("the shared memory's size", MostSharedBytes(&shared_bytes_));
+  }
+
+  // What a block may have of shared memory.
+  int shared_bytes() const { return shared_bytes_; }
 
   // A block per `blocks`.
   template <class... Parameters, class... Arguments>
@@ -67,6 +73,7 @@ class Launcher {
 
   cudaStream_t stream_;
   bool load_only_;
+  int shared_bytes_ = 0;
   Status status_;
 };
 
@@ -112,13 +119,21 @@ Problem ProblemOf(Geometry g) {
 }
 
 // Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few
-// blocks came out that the processors stood idle (an H200 has 132).
-template <int kMost>
-int TileColumns(int total, int64_t other_blocks) {
+// blocks came out that the processors stood idle (an H200 has 132). Half of the widest fit into any device's shared
+// memory.
+template <class T, int kMost, bool kTransposed>
+int TileColumns(int total, int64_t other_blocks, int shared_bytes) {
   constexpr int64_t kBlocks = 128;
-  int columns = kMost;
+  int columns = kProductSharedBytes<T, kMost, kTransposed> <= shared_bytes ? kMost : kMost / 2;
   while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
   return columns;
+}
+
+// The larger of what function(shared memory of a block) gives for the devices that have the least and the most.
+template <class Function>
+int64_t OnAnyDevice(const Function& function) {
+  constexpr int kLeast = 64 << 10;
+  return std::max<int64_t>(function(kLeast), function(std::numeric_limits<int>::max()));
 }
 
 // Calls function(the number of columns as an std::integral_constant).

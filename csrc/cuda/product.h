@@ -199,11 +199,15 @@ class PlainProduct {
   Real sums_[kDown][kAcross];
 };
 
+// Whether tensor cores multiply operands of kind Tag.
+template <class Tag>
+inline constexpr bool kOnTensorCores =
+    std::is_same_v<Tag, Float16> || (!kTuring && (std::is_same_v<Tag, BFloat16> || std::is_same_v<Tag, TF32>));
+
 // The product of operands of type T, of kind Tag.
 template <class T, class Tag, int kColumns, bool kTransposed = false>
-using Product =
-    std::conditional_t<sizeof(T) == 2 || std::is_same_v<Tag, TF32>, TensorProduct<T, Tag, kColumns, kTransposed>,
-                       PlainProduct<T, kColumns, kTransposed>>;
+using Product = std::conditional_t<kOnTensorCores<Tag>, TensorProduct<T, Tag, kColumns, kTransposed>,
+                                   PlainProduct<T, kColumns, kTransposed>>;
 
 // --- the loop over the stages ---
 
@@ -213,6 +217,9 @@ inline constexpr int kRightStages = 3;
 template <class T, int kColumns, bool kTransposed>
 inline constexpr int kProductSharedBytes =
     (2 * kStageSize<T, kRows, kTransposed> + kRightStages * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
+
+// The widest tiles that Turing's 64 KB take. Kernels for wider ones are compiled for it, but to nothing.
+inline constexpr int kTuringColumns = 128;
 
 // Adds the product over all stages. `left` has Fetch(), which loads the thread's part of the next stage into registers,
 // and Store(to), which puts it into shared memory; the loads are on their way during the product of the stage before.
@@ -250,15 +257,16 @@ JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy
 // The right operand packed stage after stage, each of kColumns rows.
 template <int kColumns>
 struct CopyPacked {
-  static_assert(kColumns * kStageVectors % kThreads == 0);
   const Vector16* packed;
 
   JAX_DCN_DEVICE void operator()(int stage, Shared<Vector16> to) const {
+    constexpr int kVectors = kColumns * kStageVectors;
 #pragma unroll
-    for (int own = 0; own < kColumns * kStageVectors / kThreads; ++own) {
+    for (int own = 0; own * kThreads < kVectors; ++own) {
       const int i = ThreadIndex() + own * kThreads;
-      CopyAsync16(to + (i / kStageVectors * kRowPitch + i % kStageVectors),
-                  packed + (int64_t{stage} * kColumns * kStageVectors + i), true);
+      if (kVectors % kThreads != 0 && i >= kVectors) break;
+      CopyAsync16(to + (i / kStageVectors * kRowPitch + i % kStageVectors), packed + (int64_t{stage} * kVectors + i),
+                  true);
     }
   }
 };

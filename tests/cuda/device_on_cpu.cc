@@ -122,15 +122,13 @@ constexpr int16_t kSeveralWarps = 4096;
 constexpr int kCell = 2;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxShared =
-    99 << 10;  // of a block on sm_86, sm_89 and sm_120, the least of the tensor core kernels' GPUs
 
 struct Device {
   Fiber scheduler;
   std::vector<Thread> threads{kMaxThreads};
   std::vector<Warp> warps{kMaxThreads / kWarp};
-  std::vector<Cell> cells{kMaxShared / kCell};
-  alignas(16) char shared[kMaxShared];
+  std::vector<Cell> cells{kMostSharedBytes / kCell};
+  alignas(16) char shared[kMostSharedBytes];
 
   std::mt19937_64 random;
   const char* kernel = "(none)";
@@ -472,7 +470,7 @@ cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const 
       block <= 0 || block > kMaxThreads) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes < 0 || shared_bytes > kMaxShared) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > kMostSharedBytes) return cudaErrorInvalidValue;
   Dl_info symbol{};
   char* demangled = nullptr;
   if (dladdr(reinterpret_cast<void*>(kernel), &symbol) != 0 && symbol.dli_sname != nullptr) {

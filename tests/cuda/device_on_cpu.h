@@ -204,6 +204,7 @@ inline void LoadMatrix4Transposed(uint32_t (&to)[4], Shared<const Vector16> row,
 template <class Tag>
 void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tag,
                         on_cpu::Site site = on_cpu::Site::Here()) {
+  static_assert(!kTuring || std::is_same_v<Tag, Float16>);
   constexpr auto type = std::is_same_v<Tag, Float16>    ? on_cpu::MatrixType::kFloat16
                         : std::is_same_v<Tag, BFloat16> ? on_cpu::MatrixType::kBFloat16
                                                         : on_cpu::MatrixType::kTF32;
@@ -253,7 +254,15 @@ uint32_t PackPair(float first, float second, T) {
 }
 
 inline float RoundToTF32(float value) {
-  return std::isfinite(value) ? BitsFloat((FloatBits(value) + 0x1000) & 0xffffe000) : value;
+  return !kTuring && std::isfinite(value) ? BitsFloat((FloatBits(value) + 0x1000) & 0xffffe000) : value;
+}
+
+// The least that a block may have on the devices of 7.5, and since: sm_86, sm_89 and sm_120.
+inline constexpr int kMostSharedBytes = (kTuring ? 64 : 99) << 10;
+
+inline cudaError_t MostSharedBytes(int* bytes) {
+  *bytes = kMostSharedBytes;
+  return cudaSuccess;
 }
 
 inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {

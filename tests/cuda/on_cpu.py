@@ -37,7 +37,18 @@ def execute(program, *arguments, data=b""):
     return done.stdout
 
 
-def run(programs, case, mode, operands, cotangent=None, wanted=NAMES, deterministic=False, seed=0, fault=()):
+def run(
+    programs,
+    case,
+    mode,
+    operands,
+    cotangent=None,
+    wanted=NAMES,
+    deterministic=False,
+    seed=0,
+    fault=(),
+    architecture=900,
+):
     """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
     n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
     sizes = (n, h, w, case.c_in, h_out, w_out, case.c_out)
@@ -56,7 +67,7 @@ def run(programs, case, mode, operands, cotangent=None, wanted=NAMES, determinis
     if cotangent is not None:
         inputs.pop("bias", None)
     data = call + b"".join(_nhwc(name, inputs[name]).tobytes() for name in ("grad_y", *NAMES) if name in inputs)
-    output = execute(programs / "cuda_on_cpu", seed, *fault, data=data)
+    output = execute(programs / f"cuda_on_cpu_{architecture}", seed, *fault, data=data)
 
     def take(name, like, dtype):
         nonlocal output

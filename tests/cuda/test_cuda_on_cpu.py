@@ -45,13 +45,19 @@ WIDE_TILES = [
     Case("256_columns", batch=1, c_in=40, c_out=200, size=(131, 129), kernel=(1, 2), padding=(0, 0), mask=False),
 ]
 
+TURING = [
+    Case("larger_groups", c_in=36, c_out=70, groups=2, deform_groups=3, size=(7, 6)),
+    Case("several_tiles", batch=1, c_in=70, c_out=270, size=(5, 6), kernel=(1, 2), padding=(0, 0), mask=False),
+    SMALL_GROUPS[0],
+]
 
-def assert_close(mode, actual, expected, name, magnitude):
+
+def assert_close(mode, actual, expected, name, magnitude, rounded=ROUNDED):
     """To the tolerances of the largest value, and of the largest `magnitude` where products' operands were rounded."""
     sums = "float64" if mode == "float64" else "float32"
     tolerance = max(TOLERANCES[actual.dtype.name], TOLERANCES[sums])
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    atol = tolerance * np.abs(expected).max(initial=1) + ROUNDED.get(mode, 0) * np.max(magnitude, initial=1)
+    atol = tolerance * np.abs(expected).max(initial=1) + rounded.get(mode, 0) * np.max(magnitude, initial=1)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=f"{mode} {name}")
 
 
@@ -60,13 +66,13 @@ def absolute(operands):
     return {name: a if name == "offset" or a is None else np.abs(a) for name, a in operands.items()}
 
 
-def check(programs, case, mode, operands, given=None, **arguments):
+def check(programs, case, mode, operands, given=None, rounded=ROUNDED, **arguments):
     """The result and all gradients against the definition. The kernels may be `given` other operands."""
     complete = {"mask": None, "bias": None, **operands}
     given = given or operands
     y = on_cpu.run(programs, case, mode, given, **arguments)
     expected = oracle.deform_conv2d(**complete, **case.arguments)
-    assert_close(mode, y, expected, "y", oracle.deform_conv2d(**absolute(complete), **case.arguments))
+    assert_close(mode, y, expected, "y", oracle.deform_conv2d(**absolute(complete), **case.arguments), rounded)
     cotangent = case.cotangent(y.dtype)
     gradients = on_cpu.run(programs, case, mode, given, cotangent, **arguments)
     expected = oracle.deform_conv2d_backward(cotangent, **complete, **case.arguments)
@@ -75,7 +81,7 @@ def check(programs, case, mode, operands, given=None, **arguments):
     magnitude["offset"] = 2 * np.abs(expected["offset"])
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert_close(mode, gradient, expected[name], name, magnitude[name])
+        assert_close(mode, gradient, expected[name], name, magnitude[name], rounded)
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
@@ -86,12 +92,23 @@ def test_awkward_geometries(programs, case, mode):
 
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("case", WIDE_TILES, ids=str)
-def test_wide_tiles(programs, case, mode):
+@pytest.mark.parametrize("architecture", [750, 900])
+def test_wide_tiles(programs, case, mode, architecture):
     operands = case.operands(on_cpu.dtype_of(mode))
-    y = on_cpu.run(programs, case, mode, operands)
+    y = on_cpu.run(programs, case, mode, operands, architecture=architecture)
     complete = {"mask": None, "bias": None, **operands}
     expected = oracle.deform_conv2d(**complete, **case.arguments)
     assert_close(mode, y, expected, "y", oracle.deform_conv2d(**absolute(complete), **case.arguments))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mode", on_cpu.MODES)
+@pytest.mark.parametrize("case", TURING, ids=str)
+def test_turing(programs, case, mode, deterministic):
+    """Tensor cores for float16 only, no TF32, and narrower tiles in less shared memory."""
+    rounded = {name: ROUNDED[name] for name in ("bfloat16", "float16")}
+    operands = case.operands(on_cpu.dtype_of(mode))
+    check(programs, case, mode, operands, rounded=rounded, deterministic=deterministic, architecture=750)
 
 
 @settings(
