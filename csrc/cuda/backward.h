@@ -459,7 +459,6 @@ class SampleColumns {
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
     GradWeightKernel(Problem p, Samples<T> samples, const T* grad_y, WeightParts parts, Accumulation<T>* sums) {
-  if (kTuring && kColumns > kTuringColumns) return;
   int block = BlockIndex().x;  // blocks of the same pixels run at the same time
   const int column_tile = block % parts.column_tiles;
   block /= parts.column_tiles;

@@ -110,7 +110,6 @@ JAX_DCN_DEVICE void StoreRun(T* to, const float (&values)[2], bool wide) {
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
     ForwardKernel(Problem p, Samples<T> samples, const Vector16* weights, int stages, const T* bias, T* y) {
-  if (kTuring && kColumns > kTuringColumns) return;
   const int tiles = static_cast<int>(CeilDiv(p.group_out, kColumns));
   const int block = BlockIndex().x;
   const int part = block % (tiles * p.groups);  // blocks of the same pixels run at the same time

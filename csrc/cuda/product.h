@@ -218,9 +218,6 @@ template <class T, int kColumns, bool kTransposed>
 inline constexpr int kProductSharedBytes =
     (2 * kStageSize<T, kRows, kTransposed> + kRightStages * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
 
-// The widest tiles that Turing's 64 KB take. Kernels for wider ones are compiled for it, but to nothing.
-inline constexpr int kTuringColumns = 128;
-
 // Adds the product over all stages. `left` has Fetch(), which loads the thread's part of the next stage into registers,
 // and Store(to), which puts it into shared memory; the loads are on their way during the product of the stage before.
 // copy_right(stage, to) begins the copy of the thread's part of a stage of the right operand.
