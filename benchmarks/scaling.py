@@ -153,7 +153,8 @@ def extra_memory(case: Case, backward: bool, data_format: str) -> float:
     """MiB that a call uses above its operands and results, in a fresh process."""
 
     def kibibytes(key: str) -> int:
-        return int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith(key)))
+        with Path("/proc/self/status").open() as status:
+            return int(next(line.split()[1] for line in status if line.startswith(key)))
 
     run = build(case, backward, data_format)
     ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse what was freed, unseen

@@ -11,7 +11,8 @@ _OPERANDS = ("x", "offset", "mask", "weight", "bias")
 
 
 def _load():
-    arrays = dict(np.load(_PATH))
+    with np.load(_PATH) as file:
+        arrays = dict(file)
     cases = {}
     while (prefix := f"c{len(cases)}/") + "cfg" in arrays:
         values = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}

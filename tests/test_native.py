@@ -87,7 +87,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def saved_gradients(path: Path, **environment: str) -> dict[str, np.ndarray]:
     code = GRADIENTS + "np.savez(os.environ['OUTPUT'], **{k: np.asarray(v, np.float64) for k, v in RESULTS.items()})"
     run_python(code, OUTPUT=str(path), **environment)
-    return dict(np.load(path))
+    with np.load(path) as file:
+        return dict(file)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,8 @@ def test_memory_is_bounded(direction):
 import os, jax, jax.numpy as jnp, numpy as np, jax_dcn
 
 def kilobytes(key):
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key)))
+    with open("/proc/self/status") as status:
+        return int(next(line.split()[1] for line in status if line.startswith(key)))
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))

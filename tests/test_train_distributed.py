@@ -32,9 +32,10 @@ def test_two_processes_train_the_network_of_one(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert f"{processes} processes, {processes} devices" in done.stdout
-        runs.append(np.load(output))
+        with np.load(output) as file:
+            runs.append(dict(file))
     one, two = runs
     assert one.keys() == two.keys()
     assert len(one["losses"]) == 8 and one["losses"][-1] < one["losses"][0]
-    for name in one.keys():
+    for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-4 * np.abs(one[name]).max(), err_msg=name)

@@ -351,7 +351,8 @@ y, vjp = jax.vjp(exported.call, operands)
 np.savez({str(tmp_path / "results.npz")!r}, y=y, **vjp(jax.numpy.cos(y))[0])
 """
     )
-    results = np.load(tmp_path / "results.npz")
+    with np.load(tmp_path / "results.npz") as file:
+        results = dict(file)
     assert_close(results["y"], by_definition(repeated))
     expected = gradient_by_definition(repeated)
     for name in OPERANDS:
