@@ -5,7 +5,7 @@ scaled, rotated and shifted on a larger canvas. The two networks have the same l
 see the same images in the same order; in the deformable one, two layers in the middle learn where to look, for which
 they have parameters of their own. Run it with
 
-    pip install "jax_dcn[examples]"
+    pip install "/path/to/the/clone[examples]"
     python examples/digits.py
 
 It prints the accuracy and the time per step of both, and draws where the deformable layers look as digits.png.

@@ -2,7 +2,7 @@
 
 The PCD module aligns the features of a neighbouring frame to those of a reference frame: on three levels of a pyramid,
 from coarse to fine, a deformable convolution samples the neighbour where convolutions of both frames say. The names are
-those of the PyTorch code (BasicSR), so its weights load:
+those of the PyTorch code (BasicSR), so its weights load, if torch is there to read them:
 
     python examples/edvr.py EDVR_M_x4_SR_REDS.pth
 

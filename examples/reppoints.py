@@ -6,7 +6,8 @@ its weights load:
 
     python examples/reppoints.py reppoints_moment_r50_fpn_gn-neck+head_1x_coco.pth
 
-Without a file the head has random weights. It draws the points of one pixel, as reppoints.png.
+A .pth takes torch to read. Without a file the head has random weights. It draws the points of one pixel, as
+reppoints.png.
 """
 
 from __future__ import annotations

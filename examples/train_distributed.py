@@ -3,7 +3,7 @@
 Every process holds all parameters and its own part of each batch. JAX joins the processes' devices into one mesh, and
 XLA sums the gradients over it; what is trained is the same network, whatever the number of processes. Run it with
 
-    pip install "jax_dcn[examples]"
+    pip install "/path/to/the/clone[examples]"
     python examples/train_distributed.py --processes 2
 
 which starts two processes on this machine, on the CPU. Over several hosts, start it once per process with the address
