@@ -173,6 +173,21 @@ def test_numpy_arrays_in_a_pth(tmp_path, zipped, dtype):
     assert_same(mmcv.load_checkpoint(tmp_path / "a.pth"), expected)
 
 
+class Reduced:
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("damaged", [(bytes, (10**15,)), (np.dtype, ("f4",), 5), (np.dtype, ())], ids=str)
+def test_damaged_numpy_arrays_stay_inert(tmp_path, damaged):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "meta": Reduced(*damaged)}, tmp_path / "a.pth")
+    assert set(mmcv.load_checkpoint(tmp_path / "a.pth")) == {"a"}
+
+
 def test_numpy_arrays_of_objects_stay_inert(tmp_path):
     torch = pytest.importorskip("torch")
     objects = np.array([None, "a"], object)

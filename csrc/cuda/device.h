@@ -63,7 +63,7 @@ inline constexpr int kTightUnroll = 2;
 #define JAX_DCN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
-#error "jax_dcn's CUDA kernels need compute capability 7.5"
+#error "jax_dcn's CUDA kernels need compute capability 7.5 or later"
 #endif
 
 namespace jax_dcn {

@@ -19,8 +19,8 @@
 namespace jax_dcn {
 namespace cuda {
 
-// Of the products of float32: on tensor cores with operands rounded to TF32, or in float32 throughout. The other types
-// have one way only.
+// Of the products of float32: on tensor cores with operands rounded to TF32 where
+// they have it, or in float32 throughout. The other types have one way only.
 enum class Precision { kDefault, kHighest };
 
 struct Options {
@@ -44,7 +44,7 @@ Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* work
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
                 cudaStream_t stream);
 
-// The architectures whose machine code was built, for example "80 86 89 90 100 120".
+// The architectures whose machine code was built, for example "75 80 90 90+PTX".
 const char* Architectures();
 
 }  // namespace cuda

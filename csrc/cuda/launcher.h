@@ -82,8 +82,8 @@ template <class T_, class Tag_>
 struct Arithmetic {
   using T = T_;
   using Tag = Tag_;
-  // The widest tiles whose sums leave registers for the rest. Plain products hold operands in registers too, doubles
-  // take two each, and products of TF32, transposed, load their operands word by word.
+  // The widest tiles whose sums leave registers for the rest. What is plain on every device holds operands in registers
+  // too, doubles take two each, and products of TF32, transposed, load their operands word by word.
   static constexpr bool kPlain = sizeof(T) > 2 && std::is_same_v<T, Tag>;
   static constexpr int kColumns = sizeof(T) == 8 ? 64 : kPlain ? 128 : 256;
   static constexpr int kTransposedColumns = sizeof(T) == 8 ? 64 : sizeof(T) > 2 ? 128 : 256;

@@ -60,7 +60,7 @@ ffi::Error ToError(const cuda::Status& status) {
     case cudaErrorInvalidDeviceFunction:
       return precondition("the CUDA kernels were built for the architectures " + std::string(cuda::Architectures()) +
                           ", none of which runs on this GPU, of compute capability " + ComputeCapability() +
-                          ". Install jax_dcn with CUDAARCHS=native in the environment, or "
+                          ". Install jax_dcn with CUDAARCHS=native in the environment, which takes 7.5 or later, or "
                           "set JAX_DCN_IMPLEMENTATION=xla");
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorInsufficientDriver:

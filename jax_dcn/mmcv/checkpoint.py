@@ -97,9 +97,11 @@ def read_checkpoint(
                 if progress:
                     progress(arrays[key].nbytes)
     if isinstance(source, StateDict):
-        renamed = source.renamed
+        renamed = dict(source.renamed)
     else:
         arrays, renamed = apply_rules(arrays, lambda name: keep(name.removeprefix(prefix)))
+        for rule, changes in renamed.items():
+            _LOG.info("rule %r fired %d times, first %s", rule, len(changes), changes[0])
 
     def below(start: str) -> dict[str, np.ndarray]:
         return {key.removeprefix(start): array for key, array in arrays.items() if key.startswith(start)}
@@ -108,8 +110,6 @@ def read_checkpoint(
     if prefix and not kept:
         firsts = ", ".join(sorted({key.split(".")[0] + "." for key in entries}))
         raise ValueError(f"no key starts with {prefix!r}; the keys start with {firsts}")
-    for rule, changes in renamed.items():
-        _LOG.info("rule %r fired %d times, first %s", rule, len(changes), changes[0])
     return StateDict(kept, renamed)
 
 
@@ -177,11 +177,13 @@ class _Inert:
 class _NumpyDtype(_Inert):
     order = "="
 
-    def __init__(self, code: str, *arguments: Any):
+    def __init__(self, code: Any = None, *arguments: Any):
         self.code = code
 
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (_, order, *_):
+                self.order = order
 
     def decode(self, data: bytes, shape: tuple[int, ...], order: str) -> np.ndarray | None:
         """The array, unless it is of something else than numbers, or not as numpy writes it."""
@@ -212,8 +214,13 @@ def _numpy_scalar(dtype: Any, data: Any = None) -> _NumpyArray:
 
 _NumpyArray.__name__ = "ndarray"  # in errors
 
-# An empty array's bytes are a call of `bytes` in torch's pickles.
-_NUMPY = {"numpy.dtype": _NumpyDtype, "builtins.bytes": bytes} | {
+
+def _no_bytes(*arguments: Any) -> bytes:
+    """An empty array's, for which torch's pickles call `bytes`. That itself would take 100 GB for `bytes(10**11)`."""
+    return b""
+
+
+_NUMPY = {"numpy.dtype": _NumpyDtype, "builtins.bytes": _no_bytes} | {
     f"numpy.{core}.multiarray.{name}": stand_in
     for core in ("core", "_core")
     for name, stand_in in (("_reconstruct", _NumpyArray), ("scalar", _numpy_scalar))

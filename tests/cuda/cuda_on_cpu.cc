@@ -103,6 +103,7 @@ cuda::Status LoadAndRun(cuda::Options options, const Function& function) {
   const bool launched = !cuda::on_cpu::launched.empty();
   options.load_only = false;
   const cuda::Status result = function(options);
+  if (result.error != cudaSuccess) return result;
   if (launched || cuda::on_cpu::loaded != cuda::on_cpu::launched) {
     std::fprintf(stderr, "the kernels loaded are not those launched\n");
     std::exit(6);

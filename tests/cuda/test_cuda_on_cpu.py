@@ -45,9 +45,13 @@ WIDE_TILES = [
     Case("256_columns", batch=1, c_in=40, c_out=200, size=(131, 129), kernel=(1, 2), padding=(0, 0), mask=False),
 ]
 
+SEVERAL_TILES = Case(
+    "several_tiles", batch=1, c_in=70, c_out=270, size=(5, 6), kernel=(1, 2), padding=(0, 0), mask=False
+)
+
 TURING = [
     Case("larger_groups", c_in=36, c_out=70, groups=2, deform_groups=3, size=(7, 6)),
-    Case("several_tiles", batch=1, c_in=70, c_out=270, size=(5, 6), kernel=(1, 2), padding=(0, 0), mask=False),
+    SEVERAL_TILES,
     SMALL_GROUPS[0],
 ]
 
@@ -85,12 +89,12 @@ def check(programs, case, mode, operands, given=None, rounded=ROUNDED, **argumen
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
-@pytest.mark.parametrize("case", [*AWKWARD, *LARGER_GROUPS, *SMALL_GROUPS], ids=str)
+@pytest.mark.parametrize("case", [*AWKWARD, *LARGER_GROUPS, *SMALL_GROUPS, SEVERAL_TILES], ids=str)
 def test_awkward_geometries(programs, case, mode):
     check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
 
 
-@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", WIDE_TILES, ids=str)
 @pytest.mark.parametrize("architecture", [750, 900])
 def test_wide_tiles(programs, case, mode, architecture):
