@@ -20,6 +20,7 @@ def run_python(code: str, **environment: str) -> str:
         cwd=Path(sys.executable).parent,
         capture_output=True,
         text=True,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,8 @@ def run_on_four_devices(check, *arguments):
     run_python(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"import {check.__module__} as tests; tests.{check.__name__}(*{arguments!r})",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        # XLA ends the process where a busy machine lets a device wait for the others for 40 s.
+        XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600",
         JAX_DCN_IMPLEMENTATION=os.environ["JAX_DCN_IMPLEMENTATION"],
     )
 

@@ -1,6 +1,6 @@
 """Any geometry: the result and all gradients against the definition.
 
-The examples are the same in every run. JAX_DCN_HYPOTHESIS_EXAMPLES asks for more of them.
+The examples do not depend on chance. JAX_DCN_HYPOTHESIS_EXAMPLES asks for more of them.
 """
 
 import math

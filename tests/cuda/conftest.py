@@ -1,3 +1,4 @@
+import fcntl
 import os
 import platform
 import shutil
@@ -20,10 +21,12 @@ def programs(pytestconfig):
     if shutil.which("cmake") is None:
         pytest.skip("no cmake to build the CUDA kernels for the CPU")
     folder = pytestconfig.cache.mkdir("cuda_on_cpu")
-    for command in (
-        ["cmake", "-S", str(Path(__file__).parent), "-B", str(folder)],
-        ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of all the processes of pytest-xdist one builds
+        for command in (
+            ["cmake", "-S", str(Path(__file__).parent), "-B", str(folder)],
+            ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder

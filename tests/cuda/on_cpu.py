@@ -31,7 +31,7 @@ class Failure(Exception):
 
 
 def execute(program, *arguments, data=b""):
-    done = subprocess.run([program, *map(str, arguments)], input=data, capture_output=True, check=False)
+    done = subprocess.run([program, *map(str, arguments)], input=data, capture_output=True, timeout=900, check=False)
     if done.returncode != 0:
         raise Failure(f"{program} {arguments}: exit status {done.returncode}\n{done.stderr.decode()}")
     return done.stdout
