@@ -19,8 +19,8 @@
 namespace jax_dcn {
 namespace cuda {
 
-// Of the products of float32: on tensor cores with operands rounded to TF32 where
-// they have it, or in float32 throughout. The other types have one way only.
+// Of the products of float32: on tensor cores with operands rounded to TF32, where they have it, or in float32
+// throughout. The other types have one way only.
 enum class Precision { kDefault, kHighest };
 
 struct Options {
