@@ -42,6 +42,7 @@ struct BackwardArrays {
   DataFormat format = DataFormat::kNHWC;
   Array grad_y, x, offset, mask, weight;
   Array grad_x, grad_offset, grad_mask, grad_weight, grad_bias;
+  bool round_samples = false;  // as in ForwardArrays
 };
 
 }  // namespace jax_dcn

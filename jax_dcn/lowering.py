@@ -80,7 +80,7 @@ def deform_conv2d_backward_xla(*operands, names, wanted, geometry, **params):
 
 def _deform_conv2d_backward_cpu(*operands, names, geometry, precision, wanted):
     given = dict(zip(names, operands, strict=True))
-    attributes = native.attributes(given, geometry, **_flags(wanted))
+    attributes = native.attributes(given, geometry, **_flags(wanted), highest_precision=_is_high(precision))
     results = _summed_gradients(given, wanted, geometry)
     gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
     return _rounded(gradients, given, wanted)

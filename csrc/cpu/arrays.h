@@ -29,8 +29,8 @@ void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range o
   const int64_t depth = taps.size() * channels.size();
   if (weight.out == 1) {
     for (int64_t t = taps.begin; t < taps.end; ++t) {
-      PackRows(weight.data + t * weight.tap + channels.begin * weight.channel + outs.begin, weight.channel,
-               channels.size(), outs.size(), width, depth, (t - taps.begin) * channels.size(), packed);
+      PackRows<step>(weight.data + t * weight.tap + channels.begin * weight.channel + outs.begin, weight.channel,
+                     channels.size(), outs.size(), width, depth, (t - taps.begin) * channels.size(), packed);
     }
     return;
   }
@@ -57,20 +57,28 @@ void PackWeight(const WeightView<T>& weight, Range taps, Range channels, Range o
 
 // The matrix of all output channels (rows) by `channels` of tap `tap` (columns), packed as the columns from `column` on
 // of panels of `width`.
-template <class T>
+template <class T, class Operand>
 void PackWeightTransposed(const WeightView<T>& weight, int64_t group_out, int64_t tap, Range channels, int64_t column,
-                          int64_t width, Accumulation<T>* packed) {
+                          int64_t width, Operand* packed) {
   using Real = Accumulation<T>;
+  constexpr int step = Step<Operand>::kDepth;
   for (int64_t c = channels.begin; c < channels.end;) {
     const int64_t count = Min(channels.end - c, width - column % width);
     const T* from = weight.data + tap * weight.tap + c * weight.channel;
-    Real* to = packed + column / width * group_out * width + column % width;
-    if (weight.out == 1) {
-      Transpose<Real>(from, weight.channel, count, group_out, to, width);
-    } else {
+    Operand* to = packed + column / width * group_out * width + column % width * step;
+    if (weight.out != 1) {
       for (int64_t o = 0; o < group_out; ++o) {
-        for (int64_t i = 0; i < count; ++i) to[o * width + i] = ToReal(from[o * weight.out + i * weight.channel]);
+        Operand* row = to + o / step * step * width + o % step;
+        for (int64_t i = 0; i < count; ++i) {
+          row[i * step] = FromReal<Operand>::Convert(ToReal(from[o * weight.out + i * weight.channel]));
+        }
       }
+    } else if constexpr (step == 2) {
+      // Two output channels lie together as a pair does, in the size of a float.
+      Transpose<float>(reinterpret_cast<const float*>(from), weight.channel / 2, count, group_out / 2,
+                       reinterpret_cast<float*>(to), width);
+    } else {
+      Transpose<Real>(from, weight.channel, count, group_out, to, width);
     }
     c += count;
     column += count;
@@ -102,13 +110,7 @@ void TransposeImages(Workers& workers, int64_t images, int64_t rows, int64_t col
     const Range j_range = Range::Piece(columns, across, task % across);
     const T* source = from + image + i_range.begin * columns + j_range.begin;
     T* target = to + image + j_range.begin * rows + i_range.begin;
-    if constexpr (std::is_floating_point_v<T>) {
-      Transpose<T>(source, columns, i_range.size(), j_range.size(), target, rows);
-    } else {
-      for (int64_t j = 0; j < j_range.size(); ++j) {
-        for (int64_t i = 0; i < i_range.size(); ++i) target[j * rows + i] = source[i * columns + j];
-      }
-    }
+    Transpose<Accumulation<T>>(source, columns, i_range.size(), j_range.size(), target, rows);
   };
   ParallelFor(workers, images * down * across, transpose);
 }

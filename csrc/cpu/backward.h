@@ -22,7 +22,9 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
-template <class T>
+// Where pairs of bfloat16 numbers are multiplied in one instruction, Operand is BFloat16, which rounds the samples; grad_y
+// and the weight are such numbers already.
+template <class T, class Operand>
 class Backward {
  public:
   using Real = Accumulation<T>;
@@ -106,6 +108,7 @@ class Backward {
   }
 
  private:
+  static constexpr int kStep = Step<Operand>::kDepth;
   // 32 channels leave four tasks for an image of 128; fewer would visit the offsets and grad_y more often.
   static constexpr int64_t kSliceChannels = 32;
   // How many tasks to aim at by sharing out the images too.
@@ -124,7 +127,7 @@ class Backward {
     Shared(const Backward& b, Carver& carver)
         : x(carver.Take<T>(b.nchw_ && b.want_samples_ ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
           grad_x(carver.Take<Real>(b.nchw_ && b.arrays_.grad_x ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
-          weights(carver.Take<Real>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
+          weights(carver.Take<Operand>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
           parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
           grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - (b.nchw_ ? 0 : 1)) * b.g_.weights() : 0)),
           grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {
@@ -133,7 +136,7 @@ class Backward {
 
     T* x;
     Real* grad_x;
-    Real* weights;       // (slice, block of taps): the transposed weights, packed; depthwise: (taps, channels)
+    Operand* weights;    // (slice, block of taps): the transposed weights, packed; depthwise: (taps, channels)
     Real* parts;         // (chunk, slice, tile of the band, deform group, kParts * taps, kTileRows)
     Real* grad_weights;  // (chunk, weights); in NHWC the first chunk's is the result
     Real* grad_biases;   // (chunk but the first, c_out)
@@ -143,22 +146,31 @@ class Backward {
   struct Scratch {
     Scratch(const Backward& b, Carver& carver)
         : sampler(b.sampler_, carver),
-          grad_y(carver.Take<Real>(b.slices_.max_groups() * kTileRows * b.padded_out_)),
-          samples(carver.Take<Real>(b.BlockSize())),
+          grad_y(carver.Take<Operand>(b.GradYSize())),
+          samples(carver.Take<Operand>(b.BlockSize() + kPanel<Real>)),
+          grad_y_rows(kStep == 1 ? grad_y : carver.Take<Operand>(b.GradYSize())),
+          sample_rows(kStep == 1 ? samples : carver.Take<Operand>(b.BlockSize())),
           grad_samples(carver.Take<Real>(b.BlockSize())),
           total(carver.Take<Real>(kParts * b.g_.taps() * kTileRows)) {}
 
     typename Sampler<T>::Scratch sampler;
-    Real* grad_y;        // (group of a slice): pixels by group_out, packed; depthwise: (pixels, channels of a slice)
-    Real* samples;       // (pixels, taps of a block, channels of a slice)
-    Real* grad_samples;  // likewise
+    Operand* grad_y;   // (group of a slice): pixels by group_out, packed; depthwise: (pixels, channels of a slice)
+    Operand* samples;  // (pixels, taps of a block, channels of a slice), and room for a vector that ends beyond
+    // The same before two pixels each were made pairs, where the products take pairs.
+    Operand* grad_y_rows;
+    Operand* sample_rows;
+    Real* grad_samples;  // (pixels, taps of a block, channels of a slice)
     Real* total;         // (kParts * taps, kTileRows)
   };
 
   Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
   Range Images(int64_t chunk) const { return Range::Piece(g_.batch, chunks_, chunk); }
+  int64_t GradYSize() const { return slices_.max_groups() * kTileRows * padded_out_; }
   int64_t BlockSize() const { return kTileRows * max_taps_ * slices_.max_channels(); }
   int64_t SlicePart() const { return sampler_.max_deform_groups() * g_.taps() * kParts * kTileRows; }
+
+  // Rows that `pixels` take in a product over them.
+  static int64_t Rows(int64_t pixels) { return CeilDiv(pixels, kStep) * kStep; }
 
   TileGrid ChunkTiles(int64_t chunk) const {
     const Range images = Images(chunk);
@@ -197,13 +209,13 @@ class Backward {
     return Max(joined, apart) * g_.group_out();
   }
 
-  void PackBlock(int64_t slice_index, int64_t block, Real* weights) const {
+  void PackBlock(int64_t slice_index, int64_t block, Operand* weights) const {
     const Slice slice = slices_[slice_index];
     const Range taps = TapBlock(block);
     const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
     const int64_t columns = Columns(slice, taps);
-    Real* packed = weights + (slice_index * tap_blocks_ + block) * packed_block_;
-    Zero(packed, packed_block_);
+    Operand* packed = weights + (slice_index * tap_blocks_ + block) * packed_block_;
+    std::memset(packed, 0, packed_block_ * sizeof(Operand));
     for (int64_t group = 0; group < slice.groups; ++group) {
       const WeightView<T> weight(g_, arrays_.format, arrays_.weight, slice.first_group + group);
       for (int64_t t = taps.begin; t < taps.end; ++t) {
@@ -267,7 +279,7 @@ class Backward {
     const Tile<Real>& tile = *space.sampler.tile;
     for (int row = 0; g_.depthwise() && row < tile.height; ++row) {
       const T* from = RowStart(g_, static_cast<const T*>(arrays_.grad_y.data), tile, row, g_.c_out, arrays_.format);
-      Real* to = space.grad_y + row * tile.width * slice.channels();
+      Operand* to = space.grad_y + row * tile.width * slice.channels();
       if (nchw_) {
         Transpose<Real>(from + slice.begin * g_.image_out(), g_.image_out(), slice.channels(), tile.width, to,
                         slice.channels());
@@ -277,21 +289,29 @@ class Backward {
       }
     }
     if (g_.depthwise()) return;
+    const int64_t rows = Rows(tile.pixels);
     for (int64_t group = 0; group < slice.groups; ++group) {
       const int64_t first = (slice.first_group + group) * g_.group_out();
-      Real* packed = space.grad_y + group * kTileRows * padded_out_;
-      if (nchw_ && padded_out_ > g_.group_out()) Zero(packed, tile.pixels * padded_out_);
+      Operand* packed = space.grad_y_rows + group * kTileRows * padded_out_;
+      if ((nchw_ && padded_out_ > g_.group_out()) || rows > tile.pixels) {
+        std::memset(packed, 0, rows * padded_out_ * sizeof(Operand));
+      }
       for (int row = 0; row < tile.height; ++row) {
         const T* from = RowStart(g_, static_cast<const T*>(arrays_.grad_y.data), tile, row, g_.c_out, arrays_.format);
         if (!nchw_) {
-          PackRows(from + first, g_.c_out, tile.width, g_.group_out(), out_width_, tile.pixels, row * tile.width,
-                   packed);
+          PackRows<1>(from + first, g_.c_out, tile.width, g_.group_out(), out_width_, rows, row * tile.width, packed);
           continue;
         }
         for (int64_t o = 0; o < g_.group_out(); o += out_width_) {
           Transpose<Real>(from + (first + o) * g_.image_out(), g_.image_out(), Min(out_width_, g_.group_out() - o),
-                          tile.width, packed + o * tile.pixels + row * tile.width * out_width_, out_width_);
+                          tile.width, packed + o * rows + row * tile.width * out_width_, out_width_);
         }
+      }
+      if constexpr (kStep == 2) {
+        // The panels lie one below another, and none has an odd number of rows.
+        const int64_t all = rows * padded_out_ / out_width_;
+        PackRows<2>(packed, out_width_, all, out_width_, out_width_, all, 0,
+                    space.grad_y + group * kTileRows * padded_out_);
       }
     }
   }
@@ -303,40 +323,41 @@ class Backward {
   }
 
   // grad_bias (+)= the sum of grad_y's rows
-  void SumGradY(const Slice& slice, int64_t rows, bool accumulate, Real* grad_bias, const Scratch& space) const {
+  void SumGradY(const Slice& slice, int64_t pixels, bool accumulate, Real* grad_bias, const Scratch& space) const {
     const int64_t width = out_width_;
     if (g_.depthwise()) {
       Real* out = grad_bias + slice.begin;
       if (!accumulate) Zero(out, slice.channels());
-      for (int64_t p = 0; p < rows; ++p) {
-        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += space.grad_y[p * slice.channels() + c];
+      for (int64_t p = 0; p < pixels; ++p) {
+        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += ToReal(space.grad_y[p * slice.channels() + c]);
       }
       return;
     }
     for (int64_t group = 0; group < slice.groups; ++group) {
-      const Real* panel = space.grad_y + group * kTileRows * padded_out_;
+      const Operand* panel = space.grad_y_rows + group * kTileRows * padded_out_;
       Real* out = grad_bias + (slice.first_group + group) * g_.group_out();
       for (int64_t o = 0; o < g_.group_out(); ++o) {
-        const Real* column = panel + o / width * rows * width + o % width;
+        const Operand* column = panel + o / width * Rows(pixels) * width + o % width;
         Real sum = 0;
-        for (int64_t p = 0; p < rows; ++p) sum += column[p * width];
+        for (int64_t p = 0; p < pixels; ++p) sum += ToReal(column[p * width]);
         out[o] = accumulate ? out[o] + sum : sum;
       }
     }
   }
 
   // grad_samples = grad_y * transposed weight
-  void MultiplyWeight(const Slice& slice, Range taps, int64_t rows, const Real* packed, const Scratch& space) const {
+  void MultiplyWeight(const Slice& slice, Range taps, int64_t pixels, const Operand* packed,
+                      const Scratch& space) const {
     const int64_t row_stride = taps.size() * slice.channels();
     const int64_t columns = Columns(slice, taps);
     for (int64_t group = 0; group < slice.groups; ++group) {
-      Left<Real> grad_y;
-      grad_y.data = space.grad_y + group * kTileRows * padded_out_;
+      Left<Operand> grad_y;
+      grad_y.data = space.grad_y_rows + group * kTileRows * padded_out_;
       grad_y.stride = out_width_;
       grad_y.run = out_width_;
-      grad_y.run_stride = rows * out_width_;
+      grad_y.run_stride = Rows(pixels) * out_width_;
       for (int64_t t = 0; t < (Joined(slice) ? 1 : taps.size()); ++t) {
-        Multiply<false>(grad_y, rows, g_.group_out(), packed, PanelWidth<Real>(columns), columns,
+        Multiply<false>(grad_y, pixels, g_.group_out(), packed, PanelWidth<Real>(columns), columns,
                         space.grad_samples + t * slice.channels() + group * slice.group_channels, row_stride, false);
         packed += PackedColumns<Real>(columns) * g_.group_out();
       }
@@ -344,13 +365,20 @@ class Backward {
   }
 
   // grad_weight (+)= transposed samples * grad_y
-  void MultiplySamples(const Slice& slice, Range taps, int64_t rows, bool accumulate, Real* grad_weight,
+  void MultiplySamples(const Slice& slice, Range taps, int64_t pixels, bool accumulate, Real* grad_weight,
                        const Scratch& space) const {
+    const int64_t rows = Rows(pixels);
+    const int64_t columns = taps.size() * slice.channels();
+    if constexpr (kStep == 2) {
+      if (rows > pixels) std::memset(space.sample_rows + pixels * columns, 0, columns * sizeof(Operand));
+      PackRows<2>(space.sample_rows, columns, rows, columns, columns, rows, 0, space.samples);
+    }
     for (int64_t group = 0; group < slice.groups; ++group) {
       for (int64_t t = taps.begin; t < taps.end; ++t) {
-        Left<Real> samples;
-        samples.data = space.samples + (t - taps.begin) * slice.channels() + group * slice.group_channels;
-        samples.stride = taps.size() * slice.channels();
+        const int64_t column = (t - taps.begin) * slice.channels() + group * slice.group_channels;
+        Left<Operand> samples;
+        samples.data = space.samples + column * kStep;
+        samples.stride = columns;
         samples.run = rows;
         samples.run_stride = 0;
         Multiply<true>(samples, slice.group_channels, rows, space.grad_y + group * kTileRows * padded_out_, out_width_,
@@ -363,14 +391,14 @@ class Backward {
   }
 
   // The two products of a depthwise convolution, channel by channel.
-  void MultiplyWeightDepthwise(const Slice& slice, Range taps, int64_t rows, const Real* weights,
+  void MultiplyWeightDepthwise(const Slice& slice, Range taps, int64_t rows, const Operand* weights,
                                const Scratch& space) const {
     Real* grad_samples = space.grad_samples;
     for (int64_t p = 0; p < rows; ++p) {
-      const Real* grad_y = space.grad_y + p * slice.channels();
+      const Operand* grad_y = space.grad_y + p * slice.channels();
       for (int64_t t = taps.begin; t < taps.end; ++t, grad_samples += slice.channels()) {
-        const Real* weight = weights + t * g_.c_out + slice.begin;
-        for (int64_t c = 0; c < slice.channels(); ++c) grad_samples[c] = grad_y[c] * weight[c];
+        const Operand* weight = weights + t * g_.c_out + slice.begin;
+        for (int64_t c = 0; c < slice.channels(); ++c) grad_samples[c] = ToReal(grad_y[c]) * ToReal(weight[c]);
       }
     }
   }
@@ -378,12 +406,12 @@ class Backward {
   void MultiplySamplesDepthwise(const Slice& slice, Range taps, int64_t rows, bool accumulate, Real* grad_weight,
                                 const Scratch& space) const {
     for (int64_t t = taps.begin; t < taps.end; ++t) {
-      const Real* samples = space.samples + (t - taps.begin) * slice.channels();
+      const Operand* samples = space.samples + (t - taps.begin) * slice.channels();
       Real* out = grad_weight + t * g_.c_out + slice.begin;
       if (!accumulate) Zero(out, slice.channels());
       for (int64_t p = 0; p < rows; ++p, samples += taps.size() * slice.channels()) {
-        const Real* grad_y = space.grad_y + p * slice.channels();
-        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += samples[c] * grad_y[c];
+        const Operand* grad_y = space.grad_y + p * slice.channels();
+        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += ToReal(samples[c]) * ToReal(grad_y[c]);
       }
     }
   }
@@ -406,7 +434,7 @@ class Backward {
   void VisitBlock(const Slice& slice, Range taps, const T* x, Real* grad_x, Real* parts, const Scratch& space) const {
     const int64_t first_group = sampler_.DeformGroups(slice).begin;
     sampler_.template VisitBlock<kSamples, kSums, kGradX>(
-        slice, taps, space.sampler, x, space.samples, space.grad_samples, grad_x,
+        slice, taps, space.sampler, x, space.sample_rows, space.grad_samples, grad_x,
         [&](int64_t t, int64_t d, const Tap<Real>& tap) {
           if constexpr (kSums) {
             Real* part = parts + (d - first_group) * kParts * g_.taps() * kTileRows;

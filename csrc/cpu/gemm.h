@@ -4,7 +4,8 @@
 // with zeros. A is read as it lies, in one of two ways, and by broadcast, so it needs no packing.
 //
 // A and B are of the type of C, or of bfloat16 numbers, of which two depths make a step: a row of B's panel then holds
-// the pairs of two rows, column by column, the depth is even, and so are A's runs.
+// the pairs of two rows, column by column, and so does a row of A if A is transposed; the depth is even, and so are A's
+// runs.
 
 #pragma once
 
@@ -56,23 +57,23 @@ struct Step<BFloat16> {
   using Lane = uint32_t;
 };
 
-// Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows, in panels of `width`.
-template <class T, class Operand>
+// Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows, in panels of `width`;
+// two by two as pairs if kStep is 2.
+template <int kStep, class T, class Operand>
 void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth, int64_t at,
               Operand* packed) {
   using Real = Accumulation<T>;
   constexpr int lanes = kLanes<Real>;
-  constexpr int step = Step<Operand>::kDepth;
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
-    for (int64_t i = 0; i < rows; i += step) {
+    for (int64_t i = 0; i < rows; i += kStep) {
       for (int64_t v = 0; v < width; v += lanes) {
         const int64_t valid = columns - j - v;
         const auto load = [&](int64_t row) {
           const T* from = matrix + row * stride + j + v;
           return valid >= lanes ? Load(from) : valid > 0 ? LoadPart(from, static_cast<int>(valid)) : Vector<Real>{};
         };
-        Operand* to = packed + (at + i) * width + v * step;
-        if constexpr (step == 2) {
+        Operand* to = packed + (at + i) * width + v * kStep;
+        if constexpr (kStep == 2) {
           const Pairs pairs = MakePairs(load(i), load(i + 1));
           std::memcpy(to, &pairs, sizeof(pairs));
         } else {
@@ -136,13 +137,13 @@ void Block(const Left<Operand>& left, int64_t depth, const Operand* b, int64_t b
       JAX_DCN_UNROLL
       for (int i = 0; i < kRows; ++i) {
         Lane lane;
-        std::memcpy(&lane, kTransposed ? a[0] + i : a[i / 3] + (i % 3) * left.stride, sizeof(lane));
+        std::memcpy(&lane, kTransposed ? a[0] + i * step : a[i / 3] + (i % 3) * left.stride, sizeof(lane));
         const auto value = Broadcast<Vector<Lane>>(lane);
         JAX_DCN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[i][v] = MultiplyAdd(value, right[v], sum[i][v]);
       }
       JAX_DCN_UNROLL
-      for (int i = 0; i < kPointers; ++i) a[i] += kTransposed ? left.stride : step;
+      for (int i = 0; i < kPointers; ++i) a[i] += kTransposed ? left.stride * step : step;
       b += b_stride * step;
     }
   }
@@ -188,7 +189,7 @@ void Multiply(const Left<Operand>& left, int64_t rows, int64_t depth, const Oper
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       Left<Operand> part = left;
-      part.data += kTransposed ? i : i * left.stride;
+      part.data += kTransposed ? i * Step<Operand>::kDepth : i * left.stride;
       table[end - i - 1][vectors - 1](part, depth, packed, width, c + i * c_stride + j, c_stride, valid, accumulate);
       i = end;
     }

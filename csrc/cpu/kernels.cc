@@ -29,10 +29,15 @@ bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers
 
 bool RunBackward(const Geometry& g, const BackwardArrays& arrays, Workers& workers) {
   switch (arrays.x.dtype) {
-    case DType::kFloat32: return Backward<float>(g, arrays).Run(workers);
-    case DType::kFloat64: return Backward<double>(g, arrays).Run(workers);
-    case DType::kBFloat16: return Backward<BFloat16>(g, arrays).Run(workers);
-    case DType::kFloat16: return Backward<Float16>(g, arrays).Run(workers);
+    case DType::kFloat32: return Backward<float, float>(g, arrays).Run(workers);
+    case DType::kFloat64: return Backward<double, double>(g, arrays).Run(workers);
+    case DType::kBFloat16:
+      // So do the output channels, and a tile's pixels are made up to such.
+      if constexpr (kHasPairs) {
+        if (arrays.round_samples && g.group_out() % 2 == 0) return Backward<BFloat16, BFloat16>(g, arrays).Run(workers);
+      }
+      return Backward<BFloat16, float>(g, arrays).Run(workers);
+    case DType::kFloat16: return Backward<Float16, float>(g, arrays).Run(workers);
   }
   return false;
 }

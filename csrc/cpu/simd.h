@@ -238,6 +238,9 @@ JAX_DCN_SIMD void Store(T* p, V v) {
     } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, Vector<float>>) {
       const auto half = _mm512_cvtneps_pbh(v);
       std::memcpy(p, &half, sizeof(half));
+    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, VectorOf<float, kVectorBytes / 2>::Type>) {
+      const auto half = _mm256_cvtneps_pbh(v);
+      std::memcpy(p, &half, sizeof(half));
 #endif
     } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Real, float>) {
       using Bits = typename VectorOf<uint32_t, sizeof(V)>::Type;
@@ -386,8 +389,8 @@ JAX_DCN_SIMD void TransposeLanes(Vector<Real> (&v)[kLanes<Real>]) {
 }
 
 // to[j][i] = from[i][j], for rows and columns within a square of lanes.
-template <class Real>
-JAX_DCN_SIMD void TransposeSquare(const Real* from, int64_t from_stride, int rows, int columns, Real* to,
+template <class Real, class From, class To>
+JAX_DCN_SIMD void TransposeSquare(const From* from, int64_t from_stride, int rows, int columns, To* to,
                                   int64_t to_stride) {
   constexpr int lanes = kLanes<Real>;
   Vector<Real> v[lanes];
@@ -395,14 +398,14 @@ JAX_DCN_SIMD void TransposeSquare(const Real* from, int64_t from_stride, int row
   for (int i = 0; i < lanes; ++i) {
     v[i] = Vector<Real>{};
     if (i >= rows) continue;
-    const Real* row = from + i * from_stride;
+    const From* row = from + i * from_stride;
     v[i] = columns == lanes ? Load(row) : LoadPart(row, columns);
   }
   TransposeLanes<Real>(v);
   JAX_DCN_UNROLL
   for (int j = 0; j < lanes; ++j) {
     if (j >= columns) break;
-    Real* row = to + j * to_stride;
+    To* row = to + j * to_stride;
     if (rows == lanes) {
       Store(row, v[j]);
     } else {
@@ -414,19 +417,19 @@ JAX_DCN_SIMD void TransposeSquare(const Real* from, int64_t from_stride, int row
 // to[j][i] = from[i][j], for i < rows and j < columns, converted by way of Real.
 template <class Real, class From, class To>
 void Transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
-  if constexpr (std::is_same_v<From, Real> && std::is_same_v<To, Real>) {
+  if constexpr (std::is_same_v<Accumulation<From>, Real> && std::is_same_v<Accumulation<To>, Real>) {
     constexpr int lanes = kLanes<Real>;
     for (int64_t i = 0; i < rows; i += lanes) {
       const int height = static_cast<int>(rows - i < lanes ? rows - i : lanes);
       for (int64_t j = 0; j < columns; j += lanes) {
         const int width = static_cast<int>(columns - j < lanes ? columns - j : lanes);
-        const Real* square = from + i * from_stride + j;
-        Real* out = to + j * to_stride + i;
+        const From* square = from + i * from_stride + j;
+        To* out = to + j * to_stride + i;
         // A whole square by itself, so that the compiler drops the conditions.
         if (width == lanes && height == lanes) {
-          TransposeSquare(square, from_stride, lanes, lanes, out, to_stride);
+          TransposeSquare<Real>(square, from_stride, lanes, lanes, out, to_stride);
         } else {
-          TransposeSquare(square, from_stride, height, width, out, to_stride);
+          TransposeSquare<Real>(square, from_stride, height, width, out, to_stride);
         }
       }
     }

@@ -48,11 +48,12 @@ ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi
                                 ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets gradients,
                                 Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
                                 bool nchw, bool has_mask, bool grad_x, bool grad_offset, bool grad_mask,
-                                bool grad_weight, bool grad_bias) {
+                                bool grad_weight, bool grad_bias, bool highest_precision) {
   Checker check;
-  const auto call = check.Backward(grad_y, x, offset, weight, optional, gradients,
+  auto call = check.Backward(grad_y, x, offset, weight, optional, gradients,
                                    {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
                                    {grad_x, grad_offset, grad_mask, grad_weight, grad_bias});
+  call.arrays.round_samples = !highest_precision;
   return check.ok() ? Run(&Kernels::backward, call.geometry, call.arrays, pool) : check.error();
 }
 
@@ -62,6 +63,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCpu, DeformConv2d,
                               BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attr<bool>("highest_precision"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCpu, DeformConv2dBackward,
-                              BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+                              BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attr<bool>("highest_precision"));
 
 }  // namespace jax_dcn
