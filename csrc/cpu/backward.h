@@ -22,8 +22,8 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
-// Where pairs of bfloat16 numbers are multiplied in one instruction, Operand is BFloat16, which rounds the samples; grad_y
-// and the weight are such numbers already.
+// Where pairs of bfloat16 numbers are multiplied in one instruction, Operand is BFloat16, which rounds the samples;
+// grad_y and the weight are such numbers already.
 template <class T, class Operand>
 class Backward {
  public:
@@ -324,24 +324,24 @@ class Backward {
 
   // grad_bias (+)= the sum of grad_y's rows
   void SumGradY(const Slice& slice, int64_t pixels, bool accumulate, Real* grad_bias, const Scratch& space) const {
-    const int64_t width = out_width_;
+    const auto add = [&](const auto& load, const auto& store, const Operand* column, int64_t stride, Real* out) {
+      Vector<Real> sum{};
+      for (int64_t p = 0; p < pixels; ++p) sum += load(column + p * stride);
+      store(out, accumulate ? load(out) + sum : sum);
+    };
     if (g_.depthwise()) {
-      Real* out = grad_bias + slice.begin;
-      if (!accumulate) Zero(out, slice.channels());
-      for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += ToReal(space.grad_y[p * slice.channels() + c]);
-      }
+      ForVectors<Vector<Real>>(slice.channels(), [&](int64_t c, auto load, auto store) {
+        add(load, store, space.grad_y + c, slice.channels(), grad_bias + slice.begin + c);
+      });
       return;
     }
     for (int64_t group = 0; group < slice.groups; ++group) {
-      const Operand* panel = space.grad_y_rows + group * kTileRows * padded_out_;
+      const Operand* panels = space.grad_y_rows + group * kTileRows * padded_out_;
       Real* out = grad_bias + (slice.first_group + group) * g_.group_out();
-      for (int64_t o = 0; o < g_.group_out(); ++o) {
-        const Operand* column = panel + o / width * Rows(pixels) * width + o % width;
-        Real sum = 0;
-        for (int64_t p = 0; p < pixels; ++p) sum += ToReal(column[p * width]);
-        out[o] = accumulate ? out[o] + sum : sum;
-      }
+      ForVectors<Vector<Real>>(g_.group_out(), [&](int64_t o, auto load, auto store) {
+        const int64_t panel = o / out_width_ * Rows(pixels) * out_width_;
+        add(load, store, panels + panel + o % out_width_, out_width_, out + o);
+      });
     }
   }
 
@@ -394,12 +394,14 @@ class Backward {
   void MultiplyWeightDepthwise(const Slice& slice, Range taps, int64_t rows, const Operand* weights,
                                const Scratch& space) const {
     Real* grad_samples = space.grad_samples;
-    for (int64_t p = 0; p < rows; ++p) {
-      const Operand* grad_y = space.grad_y + p * slice.channels();
-      for (int64_t t = taps.begin; t < taps.end; ++t, grad_samples += slice.channels()) {
-        const Operand* weight = weights + t * g_.c_out + slice.begin;
-        for (int64_t c = 0; c < slice.channels(); ++c) grad_samples[c] = ToReal(grad_y[c]) * ToReal(weight[c]);
-      }
+    for (int64_t p = 0; p < rows; ++p, grad_samples += taps.size() * slice.channels()) {
+      ForVectors<Vector<Real>>(slice.channels(), [&](int64_t c, auto load, auto store) {
+        const Vector<Real> grad_y = load(space.grad_y + p * slice.channels() + c);
+        for (int64_t t = taps.begin; t < taps.end; ++t) {
+          store(grad_samples + (t - taps.begin) * slice.channels() + c,
+                grad_y * load(weights + t * g_.c_out + slice.begin + c));
+        }
+      });
     }
   }
 
@@ -408,11 +410,13 @@ class Backward {
     for (int64_t t = taps.begin; t < taps.end; ++t) {
       const Operand* samples = space.samples + (t - taps.begin) * slice.channels();
       Real* out = grad_weight + t * g_.c_out + slice.begin;
-      if (!accumulate) Zero(out, slice.channels());
-      for (int64_t p = 0; p < rows; ++p, samples += taps.size() * slice.channels()) {
-        const Operand* grad_y = space.grad_y + p * slice.channels();
-        for (int64_t c = 0; c < slice.channels(); ++c) out[c] += ToReal(samples[c]) * ToReal(grad_y[c]);
-      }
+      ForVectors<Vector<Real>>(slice.channels(), [&](int64_t c, auto load, auto store) {
+        Vector<Real> sum = accumulate ? load(out + c) : Vector<Real>{};
+        for (int64_t p = 0; p < rows; ++p) {
+          sum += load(samples + p * taps.size() * slice.channels() + c) * load(space.grad_y + p * slice.channels() + c);
+        }
+        store(out + c, sum);
+      });
     }
   }
 

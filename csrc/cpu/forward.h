@@ -159,13 +159,16 @@ class Forward {
   void MultiplyDepthwise(const Slice& slice, Range taps, int64_t pixels, const Operand* weights,
                          const Scratch& space) const {
     const Operand* samples = space.samples;
-    for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t p = 0; p < pixels; ++p, samples += taps.size() * slice.channels()) {
       Real* sums = space.sums + p * g_.c_out + slice.begin;
-      if (taps.begin == 0) Zero(sums, slice.channels());
-      for (int64_t t = taps.begin; t < taps.end; ++t, samples += slice.channels()) {
-        const Operand* weight = weights + t * g_.c_out + slice.begin;
-        for (int64_t c = 0; c < slice.channels(); ++c) sums[c] += ToReal(samples[c]) * ToReal(weight[c]);
-      }
+      ForVectors<Vector<Real>>(slice.channels(), [&](int64_t c, auto load, auto store) {
+        Vector<Real> sum = taps.begin == 0 ? Vector<Real>{} : load(sums + c);
+        for (int64_t t = taps.begin; t < taps.end; ++t) {
+          sum +=
+              load(samples + (t - taps.begin) * slice.channels() + c) * load(weights + t * g_.c_out + slice.begin + c);
+        }
+        store(sums + c, sum);
+      });
     }
   }
 

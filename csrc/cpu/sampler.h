@@ -27,7 +27,7 @@ class Sampler {
           tap(carver.Take<Tap<Real>>(1)),
           sums(carver.Take<Real[kTileRows]>(kCorners)),
           offset(carver.Take<Real>(s.max_deform_groups_ * s.g_.taps() * 2 * kTileRows)),
-          mask(carver.Take<Real>(s.max_deform_groups_ * s.g_.taps() * kTileRows)),
+          mask(carver.Take<Real>(s.mask_ ? s.max_deform_groups_ * s.g_.taps() * kTileRows : kTileRows)),
           zeros(carver.Take<T>(s.max_channels_)),
           spill(carver.Take<Real>(s.max_channels_)) {}
 
@@ -35,7 +35,7 @@ class Sampler {
     Tap<Real>* tap;
     Real (*sums)[kTileRows];
     Real* offset;  // (deform groups of a slice, taps, 2, kTileRows)
-    Real* mask;    // (deform groups of a slice, taps, kTileRows)
+    Real* mask;    // (deform groups of a slice, taps, kTileRows); ones, (kTileRows), where there is no mask
     T* zeros;
     Real* spill;
   };
@@ -52,6 +52,7 @@ class Sampler {
       space.zeros[c] = T{};
       space.spill[c] = 0;
     }
+    for (int p = 0; !mask_ && p < kTileRows; ++p) space.mask[p] = 1;
   }
 
   void StartSlice(const Slice& slice, const Scratch& space) const {
@@ -76,7 +77,7 @@ class Sampler {
         const int64_t i = (d - groups.begin) * g_.taps() + t;
         const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const Real* dy = space.offset + i * 2 * kTileRows;
-        const Real* mask = mask_ ? space.mask + i * kTileRows : nullptr;
+        const Real* mask = space.mask + (mask_ ? i * kTileRows : 0);
         FillTap<Real, kSums, kGradX>(g_, *space.tile, t, dy, dy + kTileRows, mask, PixelsOf(x, begin, space.zeros),
                                      PixelsOf(grad_x, begin, space.spill), *space.tap);
 

@@ -314,6 +314,23 @@ JAX_DCN_SIMD void StorePart(T* p, V v, int count) {
   StoreEach(p, v, count);
 }
 
+// Calls function(first, load, store) for vector after vector of `count` elements; load and store take the last of these
+// in part where there are too few.
+template <class V, class Function>
+JAX_DCN_SIMD void ForVectors(int64_t count, const Function& function) {
+  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+  const int64_t whole = count / lanes * lanes;
+  const int rest = static_cast<int>(count - whole);
+  for (int64_t i = 0; i < whole; i += lanes) {
+    function(i, [](const auto* from) { return LoadAs<V>(from); }, [](auto* to, V v) { Store(to, v); });
+  }
+  if (rest != 0) {
+    function(
+        whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
+        [rest](auto* to, V v) { StorePart(to, v, rest); });
+  }
+}
+
 // --- across lanes ---
 
 // out[i] = the sum of v[i]'s lanes, for four vectors.

@@ -111,11 +111,7 @@ JAX_DCN_SIMD T* RowStart(const Geometry& g, T* data, const Tile<Real>& tile, int
 
 template <class Real, class From, class To>
 JAX_DCN_SIMD void CopyRow(const From* from, int count, To* to) {
-  using V = Vector<Real>;
-  for (; count >= kLanes<Real>; count -= kLanes<Real>, from += kLanes<Real>, to += kLanes<Real>) {
-    Store(to, LoadAs<V>(from));
-  }
-  if (count > 0) StorePart(to, LoadPartAs<V>(from, count), count);
+  ForVectors<Vector<Real>>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i)); });
 }
 
 // out[c][p] = channel first + c of the tile's pixel p, for `count` channels.
@@ -175,7 +171,7 @@ struct Tap {
   alignas(64) Real valid[kTileRows];  // 1 or 0
 };
 
-// Locates the samples. dy, dx and mask are per pixel; mask may be null. What only the sums or grad_x need is computed
+// Locates the samples. dy, dx and mask are per pixel. What only the sums or grad_x need is computed
 // if kSums or kGradX.
 template <class Real, bool kSums, bool kGradX>
 void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const Real* dy, const Real* dx,
@@ -191,7 +187,7 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
   for (int p = 0; p < pixels; ++p) {
     // The sum of the first two is a whole number, so that the coordinate is rounded once.
     const Sample<Real> s = Locate((tile.y[p] + tap_y) + dy[p], (tile.x[p] + tap_x) + dx[p], height, width);
-    const Real factor = s.valid ? (mask == nullptr ? Real(1) : mask[p]) : Real(0);
+    const Real factor = s.valid ? mask[p] : Real(0);
     const int64_t pixel = tile.image[p] + s.index;
     const int64_t corner = x.first + pixel * x.stride;
     const int64_t grad_corner = kGradX ? grad_x.first + pixel * grad_x.stride : 0;
@@ -228,9 +224,6 @@ struct Visit {
 // gradients of offset and mask follow, and grad_x. V holds the channels visited at a time, kOnce all of them.
 template <class T, class V, bool kOnce, bool kSamples, bool kSums, bool kGradX, class Real, class Operand>
 void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Operand>& visit) {
-  constexpr int lanes = kLanesOf<V, Real>;
-  const int64_t whole = visit.channels / lanes * lanes;
-  const int rest = static_cast<int>(visit.channels - whole);
   const int64_t row_stride = visit.row_stride;
   Operand* samples = visit.samples;
   const Real* grad_samples = visit.grad_samples;
@@ -271,17 +264,10 @@ void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Rea
         }
       }
     };
-    const auto load = [](const auto* from) { return LoadAs<V>(from); };
-    const auto store = [](auto* to, V v) { Store(to, v); };
     if constexpr (kOnce) {
-      channels(0, load, store);
+      channels(0, [](const auto* from) { return LoadAs<V>(from); }, [](auto* to, V v) { Store(to, v); });
     } else {
-      for (int64_t c = 0; c < whole; c += lanes) channels(c, load, store);
-      if (rest != 0) {
-        channels(
-            whole, [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
-            [rest](auto* to, V v) { StorePart(to, v, rest); });
-      }
+      ForVectors<V>(visit.channels, channels);
     }
     if (kSums) {
       Real total[kCorners];

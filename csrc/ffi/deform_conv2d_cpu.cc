@@ -51,8 +51,8 @@ ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi
                                 bool grad_weight, bool grad_bias, bool highest_precision) {
   Checker check;
   auto call = check.Backward(grad_y, x, offset, weight, optional, gradients,
-                                   {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
-                                   {grad_x, grad_offset, grad_mask, grad_weight, grad_bias});
+                             {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
+                             {grad_x, grad_offset, grad_mask, grad_weight, grad_bias});
   call.arrays.round_samples = !highest_precision;
   return check.ok() ? Run(&Kernels::backward, call.geometry, call.arrays, pool) : check.error();
 }
