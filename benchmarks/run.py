@@ -5,7 +5,8 @@
 The competitors are those in competitors.py, as far as they are installed (`pip install -e ".[bench]"`). Each number of
 threads has a process of its own, because XLA's is fixed when a process starts. Everything of a case and direction is
 timed in turn, round after round, across the processes, so a machine that changes its speed changes it for all: the
-ratios are the result. Writes results.json, table.md and chart.svg. All cases take about half an hour on two cores.
+ratios are the result. Writes results.json, table.md and chart.svg. All cases take a quarter of an hour on two quiet
+cores.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def deform_conv2d(
         work, and reverse mode too. JAX refuses these of a custom_vjp function, which it is otherwise.
       precision: as in `jax.lax.conv_general_dilated`, and by default what `jax.default_matmul_precision` says. Unless
         it is "highest", the CUDA kernels multiply float32 as TF32, from compute capability 8.0 on, and the CPU's
-        forward kernel bfloat16 with samples rounded to bfloat16 where the processor has AVX512-BF16.
+        kernels bfloat16 with samples rounded to bfloat16 where the processor has AVX512-BF16.
 
     Returns:
       The result, of x's dtype. Coordinates, interpolation and sums are in float32, in float64 for float64.
