@@ -17,9 +17,13 @@ namespace JAX_DCN_TARGET {
 template <class Real>
 inline constexpr int kPanel = 2 * kLanes<Real>;  // columns of a wide panel
 
-// The panel width for a matrix of `columns`: one vector where that is enough, else two.
+// Whether there are panels of half a vector. Some processors with AVX-512 multiply two of these as fast as one whole.
+inline constexpr bool kHasNarrow = kVectorBytes == 64;
+
+// The panel width for a matrix of `columns`: half a vector or one where that is enough, else two.
 template <class Real>
 JAX_DCN_SIMD int64_t PanelWidth(int64_t columns) {
+  if (kHasNarrow && columns <= kLanes<Real> / 2) return kLanes<Real> / 2;
   return columns <= kLanes<Real> ? kLanes<Real> : kPanel<Real>;
 }
 
@@ -58,23 +62,22 @@ struct Step<BFloat16> {
 };
 
 // Packs `rows` rows, `stride` apart, as the rows from `at` on of a packed matrix of `depth` rows, in panels of `width`;
-// two by two as pairs if kStep is 2.
-template <int kStep, class T, class Operand>
-void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth, int64_t at,
-              Operand* packed) {
-  using Real = Accumulation<T>;
-  constexpr int lanes = kLanes<Real>;
+// two by two as pairs if kStep is 2. V is a vector that a row is made of.
+template <int kStep, class V, class T, class Operand>
+void PackRowsAs(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth,
+                int64_t at, Operand* packed) {
+  constexpr int lanes = kLanesOf<V, Accumulation<T>>;
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
     for (int64_t i = 0; i < rows; i += kStep) {
       for (int64_t v = 0; v < width; v += lanes) {
         const int64_t valid = columns - j - v;
         const auto load = [&](int64_t row) {
           const T* from = matrix + row * stride + j + v;
-          return valid >= lanes ? Load(from) : valid > 0 ? LoadPart(from, static_cast<int>(valid)) : Vector<Real>{};
+          return valid >= lanes ? LoadAs<V>(from) : valid > 0 ? LoadPartAs<V>(from, static_cast<int>(valid)) : V{};
         };
         Operand* to = packed + (at + i) * width + v * kStep;
         if constexpr (kStep == 2) {
-          const Pairs pairs = MakePairs(load(i), load(i + 1));
+          const auto pairs = MakePairs(load(i), load(i + 1));
           std::memcpy(to, &pairs, sizeof(pairs));
         } else {
           Store(to, load(i));
@@ -82,6 +85,18 @@ void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, in
       }
     }
   }
+}
+
+template <int kStep, class T, class Operand>
+void PackRows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t width, int64_t depth, int64_t at,
+              Operand* packed) {
+  using Real = Accumulation<T>;
+  if constexpr (kHasNarrow) {
+    if (width < kLanes<Real>) {
+      return PackRowsAs<kStep, Half<Real>>(matrix, stride, rows, columns, width, depth, at, packed);
+    }
+  }
+  PackRowsAs<kStep, Vector<Real>>(matrix, stride, rows, columns, width, depth, at, packed);
 }
 
 // How A lies in memory.
@@ -95,14 +110,15 @@ struct Left {
 };
 
 // kRows x kVectors accumulators stay in registers over the whole depth.
-template <class Operand, int kRows, int kVectors, bool kTransposed>
+template <class Operand, class V, int kRows, int kVectors, bool kTransposed>
 void Block(const Left<Operand>& left, int64_t depth, const Operand* b, int64_t b_stride, Accumulation<Operand>* c,
            int64_t c_stride, int columns, bool accumulate) {
   using Real = Accumulation<Operand>;
   using Lane = typename Step<Operand>::Lane;
+  using Lanes = typename VectorOf<Lane, sizeof(V)>::Type;
   constexpr int step = Step<Operand>::kDepth;
-  constexpr int lanes = kLanes<Real>;
-  Vector<Real> sum[kRows][kVectors];
+  constexpr int lanes = kLanesOf<V, Real>;
+  V sum[kRows][kVectors];
   const int last = columns - (kVectors - 1) * lanes;  // valid columns of the last vector
   if (accumulate) {
     JAX_DCN_UNROLL
@@ -110,14 +126,14 @@ void Block(const Left<Operand>& left, int64_t depth, const Operand* b, int64_t b
       JAX_DCN_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const Real* p = c + i * c_stride + v * lanes;
-        sum[i][v] = (v + 1 < kVectors || last == lanes) ? Load(p) : LoadPart(p, last);
+        sum[i][v] = (v + 1 < kVectors || last == lanes) ? LoadAs<V>(p) : LoadPartAs<V>(p, last);
       }
     }
   } else {
     JAX_DCN_UNROLL
     for (int i = 0; i < kRows; ++i) {
       JAX_DCN_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<Real>{};
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
     }
   }
 
@@ -131,14 +147,14 @@ void Block(const Left<Operand>& left, int64_t depth, const Operand* b, int64_t b
     JAX_DCN_UNROLL
     for (int i = 0; i < kPointers; ++i) a[i] = run_start + 3 * i * left.stride;
     for (int64_t k = 0; k < run; k += step) {
-      Vector<Lane> right[kVectors];
+      Lanes right[kVectors];
       JAX_DCN_UNROLL
       for (int v = 0; v < kVectors; ++v) std::memcpy(&right[v], b + v * lanes * step, sizeof(right[v]));
       JAX_DCN_UNROLL
       for (int i = 0; i < kRows; ++i) {
         Lane lane;
         std::memcpy(&lane, kTransposed ? a[0] + i * step : a[i / 3] + (i % 3) * left.stride, sizeof(lane));
-        const auto value = Broadcast<Vector<Lane>>(lane);
+        const auto value = Broadcast<Lanes>(lane);
         JAX_DCN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[i][v] = MultiplyAdd(value, right[v], sum[i][v]);
       }
@@ -166,18 +182,21 @@ template <class Operand>
 using BlockFunction = void (*)(const Left<Operand>&, int64_t, const Operand*, int64_t, Accumulation<Operand>*, int64_t,
                                int, bool);
 
-// The instantiations by rows - 1 and vectors - 1.
+// The instantiations by rows - 1 and vectors, of which 0 stands for half a one.
 template <class Operand, bool kTransposed, int... kRowsLessOne>
 struct BlockTable {
-  static constexpr BlockFunction<Operand> kTable[][2] = {
-      {Block<Operand, kRowsLessOne + 1, 1, kTransposed>, Block<Operand, kRowsLessOne + 1, 2, kTransposed>}...};
+  using V = Vector<Accumulation<Operand>>;
+  using Narrow = std::conditional_t<kHasNarrow, Half<Accumulation<Operand>>, V>;
+  static constexpr BlockFunction<Operand> kTable[][3] = {{Block<Operand, Narrow, kRowsLessOne + 1, 1, kTransposed>,
+                                                          Block<Operand, V, kRowsLessOne + 1, 1, kTransposed>,
+                                                          Block<Operand, V, kRowsLessOne + 1, 2, kTransposed>}...};
 };
 template <class Operand, bool kTransposed, int kLeft, int... kRest>
 struct MakeBlockTable : MakeBlockTable<Operand, kTransposed, kLeft - 1, kLeft - 1, kRest...> {};
 template <class Operand, bool kTransposed, int... kRest>
 struct MakeBlockTable<Operand, kTransposed, 0, kRest...> : BlockTable<Operand, kTransposed, kRest...> {};
 
-// B is packed in panels of `width`, one or two vectors.
+// B is packed in panels of `width`.
 template <bool kTransposed, class Operand>
 void Multiply(const Left<Operand>& left, int64_t rows, int64_t depth, const Operand* packed, int64_t width,
               int64_t columns, Accumulation<Operand>* c, int64_t c_stride, bool accumulate) {
@@ -185,12 +204,13 @@ void Multiply(const Left<Operand>& left, int64_t rows, int64_t depth, const Oper
   const int64_t blocks = CeilDiv(rows, kMaxRows);  // of equal height but for one row
   for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
     const int valid = static_cast<int>(Min(width, columns - j));
-    const int vectors = static_cast<int>(CeilDiv(valid, kLanes<Accumulation<Operand>>));
+    constexpr int lanes = kLanes<Accumulation<Operand>>;
+    const int vectors = width < lanes ? 0 : static_cast<int>(CeilDiv(valid, lanes));
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       Left<Operand> part = left;
       part.data += kTransposed ? i * Step<Operand>::kDepth : i * left.stride;
-      table[end - i - 1][vectors - 1](part, depth, packed, width, c + i * c_stride + j, c_stride, valid, accumulate);
+      table[end - i - 1][vectors](part, depth, packed, width, c + i * c_stride + j, c_stride, valid, accumulate);
       i = end;
     }
   }

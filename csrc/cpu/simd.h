@@ -77,6 +77,10 @@ struct VectorOf {
 template <class Real>
 using Vector = typename VectorOf<Real>::Type;
 
+// Of half the width.
+template <class Real>
+using Half = typename VectorOf<Real, kVectorBytes / 2>::Type;
+
 template <class Real>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Real));
 
@@ -202,13 +206,24 @@ JAX_DCN_SIMD Vector<Accumulation<T>> Load(const T* p) {
 
 using Pairs = Vector<uint32_t>;
 
+template <class P, class V>
+JAX_DCN_SIMD V MultiplyAddPairs(P a, P b, V sum) {
+  const auto first = [](P v) { return reinterpret_cast<V>(v << 16); };
+  const auto second = [](P v) { return reinterpret_cast<V>(v & 0xffff0000); };
+  return first(a) * first(b) + (second(a) * second(b) + sum);
+}
 JAX_DCN_SIMD Vector<float> MultiplyAdd(Pairs a, Pairs b, Vector<float> sum) {
 #if defined(__AVX512BF16__)
   return _mm512_dpbf16_ps(sum, BitCast<__m512bh>(a), BitCast<__m512bh>(b));
 #else
-  const auto first = [](Pairs v) { return reinterpret_cast<Vector<float>>(v << 16); };
-  const auto second = [](Pairs v) { return reinterpret_cast<Vector<float>>(v & 0xffff0000); };
-  return first(a) * first(b) + (second(a) * second(b) + sum);
+  return MultiplyAddPairs(a, b, sum);
+#endif
+}
+JAX_DCN_SIMD Half<float> MultiplyAdd(Half<uint32_t> a, Half<uint32_t> b, Half<float> sum) {
+#if defined(__AVX512BF16__)
+  return _mm256_dpbf16_ps(sum, BitCast<__m256bh>(a), BitCast<__m256bh>(b));
+#else
+  return MultiplyAddPairs(a, b, sum);
 #endif
 }
 template <class V>
@@ -217,8 +232,10 @@ JAX_DCN_SIMD V MultiplyAdd(V a, V b, V sum) {
 }
 
 // Pairs of floats that are bfloat16 numbers.
-JAX_DCN_SIMD Pairs MakePairs(Vector<float> first, Vector<float> second) {
-  return (reinterpret_cast<Pairs>(first) >> 16) | reinterpret_cast<Pairs>(second);
+template <class V>
+JAX_DCN_SIMD auto MakePairs(V first, V second) {
+  using P = typename VectorOf<uint32_t, sizeof(V)>::Type;
+  return (reinterpret_cast<P>(first) >> 16) | reinterpret_cast<P>(second);
 }
 
 template <class T, class V>
@@ -238,7 +255,7 @@ JAX_DCN_SIMD void Store(T* p, V v) {
     } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, Vector<float>>) {
       const auto half = _mm512_cvtneps_pbh(v);
       std::memcpy(p, &half, sizeof(half));
-    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, VectorOf<float, kVectorBytes / 2>::Type>) {
+    } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, Half<float>>) {
       const auto half = _mm256_cvtneps_pbh(v);
       std::memcpy(p, &half, sizeof(half));
 #endif
@@ -270,6 +287,8 @@ JAX_DCN_SIMD V LoadPartAs(const T* p, int count) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Half<float>>) {
+    return _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), p);
   } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
   } else if constexpr (sizeof(T) == 2 && std::is_same_v<V, Vector<float>>) {
@@ -299,6 +318,8 @@ JAX_DCN_SIMD void StorePart(T* p, V v, int count) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Vector<float>>) {
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<V, Half<float>>) {
+    return _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1u << count) - 1), v);
   } else if constexpr (std::is_same_v<T, double> && std::is_same_v<V, Vector<double>>) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v);
   } else if constexpr (sizeof(T) == 2 && std::is_same_v<V, Vector<float>>) {

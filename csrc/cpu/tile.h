@@ -286,8 +286,7 @@ void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Op
   constexpr int lanes = kLanes<Real>;
   if constexpr (lanes >= 8) {
     if (visit.channels == lanes / 2) {
-      using Half = typename VectorOf<Real, kVectorBytes / 2>::Type;
-      return VisitChannels<T, Half, true, kSamples, kSums, kGradX>(tile, tap, visit);
+      return VisitChannels<T, Half<Real>, true, kSamples, kSums, kGradX>(tile, tap, visit);
     }
   }
   if (visit.channels == lanes) {
