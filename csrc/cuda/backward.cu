@@ -95,7 +95,7 @@ struct BackwardPlan {
 
 template <class A>
 Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* workspace, bool deterministic,
-                   Launcher launcher) {
+                   Launcher& launcher) {
   using T = typename A::T;
   using Tag = typename A::Tag;
   using Real = Accumulation<T>;
@@ -192,8 +192,8 @@ int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wante
 }
 
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
-                cudaStream_t stream) {
-  const Launcher launcher(stream, options.load_only);
+                int device, cudaStream_t stream) {
+  Launcher launcher(device, stream, options.load_only);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision, [&](auto a) {
     return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, launcher);
   });

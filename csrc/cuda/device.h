@@ -237,16 +237,17 @@ inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
 }
 
-// What a block of the current device may have of shared memory, in bytes: 64 KB on Turing, 99 KB and more since.
-inline cudaError_t MostSharedBytes(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : error;
+// What a block may have of shared memory, in bytes: 64 KB on Turing, 99 KB and more since.
+inline cudaError_t MostSharedBytes(int device, int* bytes) {
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Loads a kernel into the current device, as its first launch would.
-template <class... Parameters>
-cudaError_t Load(void (*kernel)(Parameters...)) {
+// Loads a kernel into the current device, as its first launch would, and lets its blocks have that much shared memory.
+inline cudaError_t Load(const void* kernel, int shared_bytes) {
+  constexpr int kDefaultSharedBytes = 48 << 10;  // what a block may have without asking
+  if (shared_bytes > kDefaultSharedBytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, kernel);
 }
@@ -254,11 +255,6 @@ cudaError_t Load(void (*kernel)(Parameters...)) {
 template <class... Parameters, class... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  constexpr int kDefaultSharedBytes = 48 << 10;  // what a block may have without asking
-  if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(block));

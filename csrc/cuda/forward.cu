@@ -40,7 +40,7 @@ struct ForwardPlan {
 };
 
 template <class A>
-Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, Launcher launcher) {
+Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, Launcher& launcher) {
   using T = typename A::T;
   using Tag = typename A::Tag;
   const ForwardPlan<A> plan(g, launcher.shared_bytes(), workspace);
@@ -81,8 +81,8 @@ int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& o
 }
 
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
-               cudaStream_t stream) {
-  const Launcher launcher(stream, options.load_only);
+               int device, cudaStream_t stream) {
+  Launcher launcher(device, stream, options.load_only);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision,
                         [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, launcher); });
 }

@@ -39,10 +39,11 @@ struct Status {
 int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);
 int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype, const Options& options);
 
+// On a stream of the device, whichever is the current one.
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
-               cudaStream_t stream);
+               int device, cudaStream_t stream);
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
-                cudaStream_t stream);
+                int device, cudaStream_t stream);
 
 // The architectures whose machine code was built, for example "75 80 90 90+PTX".
 const char* Architectures();

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "kernels.h"
 #include "problem.h"
@@ -32,11 +35,54 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Launches on a stream, or only loads the kernels, until something fails.
+// Makes a device current for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
+  }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
+// Loads a kernel into a device, which is the current one, unless that was done: XLA asks before every execution.
+inline cudaError_t LoadOnce(int device, const void* kernel, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> loaded;  // with how much shared memory
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = loaded.find({device, kernel});
+    if (found != loaded.end() && found->second >= shared_bytes) return cudaSuccess;
+  }
+  // Without the lock, as it may wait for kernels that run.
+  const cudaError_t error = Load(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& bytes = loaded[{device, kernel}];
+  bytes = std::max(bytes, shared_bytes);
+  return cudaSuccess;
+}
+
+// Launches on a stream of a device, or only loads the kernels, until something fails.
 class Launcher {
  public:
-  Launcher(cudaStream_t stream, bool load_only) : stream_(stream), load_only_(load_only) {
-    Check("the shared memory's size", MostSharedBytes(&shared_bytes_));
+  Launcher(int device, cudaStream_t stream, bool load_only)
+      : device_(device), current_(device), stream_(stream), load_only_(load_only) {
+    Check("the device", current_.error());
+    Check("the shared memory's size", MostSharedBytes(device, &shared_bytes_));
   }
 
   // What a block may have of shared memory.
@@ -47,7 +93,8 @@ class Launcher {
   void Run(const char* what, void (*kernel)(Parameters...), int64_t blocks, int shared_bytes,
            const Arguments&... arguments) {
     if (status_.error != cudaSuccess || blocks == 0) return;
-    if (load_only_) return Check(what, Load(kernel));
+    Check(what, LoadOnce(device_, reinterpret_cast<const void*>(kernel), shared_bytes));
+    if (status_.error != cudaSuccess || load_only_) return;
     const bool fits = blocks <= std::numeric_limits<int32_t>::max();
     Check(what, fits
                     ? Launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared_bytes, stream_, arguments...)
@@ -68,9 +115,11 @@ class Launcher {
 
  private:
   void Check(const char* what, cudaError_t error) {
-    if (error != cudaSuccess) status_ = {error, what};
+    if (status_.error == cudaSuccess && error != cudaSuccess) status_ = {error, what};
   }
 
+  int device_;
+  CurrentDevice current_;
   cudaStream_t stream_;
   bool load_only_;
   int shared_bytes_ = 0;

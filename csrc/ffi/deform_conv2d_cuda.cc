@@ -39,18 +39,17 @@ void CheckBuffers(Checker& check, bool nchw, Workspace workspace, int64_t needed
   }
 }
 
-// Of the current device, like "8.6".
-std::string ComputeCapability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+// Like "8.6".
+std::string ComputeCapability(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
     return "unknown";
   }
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-ffi::Error ToError(const cuda::Status& status) {
+ffi::Error ToError(const cuda::Status& status, int device) {
   const auto precondition = [](const std::string& message) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_dcn: " + message);
   };
@@ -59,7 +58,7 @@ ffi::Error ToError(const cuda::Status& status) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return precondition("the CUDA kernels were built for the architectures " + std::string(cuda::Architectures()) +
-                          ", none of which runs on this GPU, of compute capability " + ComputeCapability() +
+                          ", none of which runs on this GPU, of compute capability " + ComputeCapability(device) +
                           ". Install jax_dcn with CUDAARCHS=native in the environment, which takes 7.5 or later, or "
                           "set JAX_DCN_IMPLEMENTATION=xla");
     case cudaErrorUnsupportedPtxVersion:
@@ -82,9 +81,9 @@ cuda::Options StageOptions(bool highest_precision, bool deterministic) {
 }
 
 template <ffi::ExecutionStage kStage>
-ffi::Error DeformConv2d(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
-                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride, Pair padding,
-                        Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
+ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer offset,
+                        ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride,
+                        Pair padding, Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
                         ffi::Result<Workspace> workspace, bool highest_precision, bool deterministic) {
   Checker check;
   const auto [g, a] =
@@ -93,15 +92,17 @@ ffi::Error DeformConv2d(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer of
   const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
   const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options);
   CheckBuffers(check, nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
-  return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, stream)) : check.error();
+  return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, device, stream), device)
+                    : check.error();
 }
 
 template <ffi::ExecutionStage kStage>
-ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
-                                ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets results,
-                                Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
-                                bool nchw, bool has_mask, bool grad_x, bool grad_offset, bool grad_mask,
-                                bool grad_weight, bool grad_bias, bool highest_precision, bool deterministic) {
+ffi::Error DeformConv2dBackward(cudaStream_t stream, int32_t device, ffi::AnyBuffer grad_y, ffi::AnyBuffer x,
+                                ffi::AnyBuffer offset, ffi::AnyBuffer weight, ffi::RemainingArgs optional,
+                                ffi::RemainingRets results, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                                int64_t deform_groups, bool nchw, bool has_mask, bool grad_x, bool grad_offset,
+                                bool grad_mask, bool grad_weight, bool grad_bias, bool highest_precision,
+                                bool deterministic) {
   Checker check;
   const auto [g, a] = check.Backward(grad_y, x, offset, weight, optional, results,
                                      {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
@@ -115,7 +116,8 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, ffi::AnyBuffer grad_y, ffi:
   const int64_t needed = cuda::BackwardWorkspace(g, wanted, a.x.dtype, options);
   CheckBuffers(check, nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x, a.grad_offset,
                a.grad_mask, a.grad_weight, a.grad_bias);
-  return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, stream)) : check.error();
+  return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, device, stream), device)
+                    : check.error();
 }
 
 constexpr auto kInitialize = ffi::ExecutionStage::kInitialize;
@@ -128,12 +130,13 @@ auto BindOptions(Binding&& binding) {
 
 template <ffi::ExecutionStage kStage>
 auto BindForwardStage() {
-  return BindOptions(BindForward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>()).template Ret<Workspace>());
+  return BindOptions(BindForward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>())
+                         .template Ret<Workspace>());
 }
 
 template <ffi::ExecutionStage kStage>
 auto BindBackwardStage() {
-  return BindOptions(BindBackward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>()));
+  return BindOptions(BindBackward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>()));
 }
 
 }  // namespace

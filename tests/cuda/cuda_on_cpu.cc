@@ -1,6 +1,6 @@
 // Runs the CUDA kernels on the CPU once: arrays from standard input, results to standard output. test_cuda_on_cpu.py
-// writes and reads them. Arguments: the seed of the order of blocks and threads and, if wanted, the number of a Fault
-// and its call.
+// writes and reads them. Arguments: the seed of the order of blocks and threads, the device and, if wanted, the number
+// of a Fault and its call.
 //
 // Every array is an allocation of its own of the exact size, so that AddressSanitizer sees what lies outside. Results
 // and work space start as NaN.
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <list>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -94,19 +95,35 @@ class Allocations {
   std::list<Allocation> inputs_, outputs_;
 };
 
-// Loads the kernels, which must launch none, and runs the call, which must launch no others.
+// Where the call runs; the current device is the first.
+int device = 0;
+
+// Loads the kernels twice, which must launch none and do so once, and runs the call, which must launch them and no
+// others.
 template <class Function>
 cuda::Status LoadAndRun(cuda::Options options, const Function& function) {
   options.load_only = true;
-  const cuda::Status status = function(options);
-  if (status.error != cudaSuccess) return status;
-  const bool launched = !cuda::on_cpu::launched.empty();
+  for (int i = 0; i < 2; ++i) {
+    const cuda::Status status = function(options);
+    if (status.error != cudaSuccess) return status;
+  }
+  std::set<const void*> loaded;
+  for (const auto& [kernel, bytes] : cuda::on_cpu::loaded[device]) loaded.insert(kernel);
+  const bool launched = !cuda::on_cpu::launched[device].empty();
   options.load_only = false;
   const cuda::Status result = function(options);
   if (result.error != cudaSuccess) return result;
-  if (launched || cuda::on_cpu::loaded != cuda::on_cpu::launched) {
+  if (launched || loaded != cuda::on_cpu::launched[device]) {
     std::fprintf(stderr, "the kernels loaded are not those launched\n");
     std::exit(6);
+  }
+  if (cuda::on_cpu::loads != static_cast<int>(loaded.size()) || !cuda::on_cpu::loaded[1 - device].empty()) {
+    std::fprintf(stderr, "kernels were loaded again or elsewhere\n");
+    std::exit(7);
+  }
+  if (current_device != 0) {
+    std::fprintf(stderr, "the call leaves another current device\n");
+    std::exit(8);
   }
   return result;
 }
@@ -122,7 +139,8 @@ cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options option
   a.bias = arrays.Input(call.bias != 0, g.c_out, call.dtype);
   a.y = arrays.Output(true, g.pixels() * g.c_out, call.dtype);
   void* workspace = arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options));
-  return LoadAndRun(options, [&](cuda::Options o) { return cuda::Forward(g, a, workspace, o, nullptr); });
+  return LoadAndRun(
+      options, [&](cuda::Options o) { return cuda::Forward(g, a, workspace, o, device, &device_streams[device]); });
 }
 
 cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options options) {
@@ -144,16 +162,18 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
   const WantedGradients wanted{call.wanted[0] != 0, call.wanted[1] != 0, call.wanted[2] != 0, call.wanted[3] != 0,
                                call.wanted[4] != 0};
   void* workspace = arrays.Workspace(cuda::BackwardWorkspace(g, wanted, a.x.dtype, options));
-  return LoadAndRun(options, [&](cuda::Options o) { return cuda::Backward(g, a, workspace, o, nullptr); });
+  return LoadAndRun(
+      options, [&](cuda::Options o) { return cuda::Backward(g, a, workspace, o, device, &device_streams[device]); });
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   cuda::on_cpu::settings.seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 0;
-  if (count > 3) {
-    cuda::on_cpu::settings.fault = static_cast<cuda::on_cpu::Fault>(std::atoi(arguments[2]));
-    cuda::on_cpu::settings.fault_call = std::atoi(arguments[3]);
+  device = count > 2 ? std::atoi(arguments[2]) : 0;
+  if (count > 4) {
+    cuda::on_cpu::settings.fault = static_cast<cuda::on_cpu::Fault>(std::atoi(arguments[3]));
+    cuda::on_cpu::settings.fault_call = std::atoi(arguments[4]);
   }
   Call call;
   Read(&call, sizeof(call));

@@ -25,7 +25,10 @@ namespace cuda {
 namespace on_cpu {
 
 Settings settings;
-std::set<void (*)()> loaded, launched;
+std::mutex turn;
+std::map<const void*, int> loaded[kDevices];
+int loads = 0;
+std::set<const void*> launched[kDevices];
 
 namespace {
 
@@ -464,6 +467,19 @@ void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site site) {
 }
 
 // -------------------------------------------------------------------------------------------------- Launches
+
+// For Python: the mangled names of the kernels launched on a device, one a line.
+extern "C" const char* jax_dcn_launched(int device) {
+  static std::string names;
+  names.clear();
+  const std::lock_guard<std::mutex> lock(turn);
+  for (const void* kernel : launched[device]) {
+    Dl_info symbol{};
+    const bool named = dladdr(kernel, &symbol) != 0 && symbol.dli_sname != nullptr;
+    names += std::string(named ? symbol.dli_sname : "(unnamed)") + "\n";
+  }
+  return names.c_str();
+}
 
 cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||

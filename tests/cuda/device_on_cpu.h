@@ -21,6 +21,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <set>
 #include <tuple>
 #include <type_traits>
@@ -84,8 +86,12 @@ void CopyWait(int pending);
 
 cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const std::function<void()>& thread);
 
-// The kernels that were loaded, and those that were launched.
-extern std::set<void (*)()> loaded, launched;
+// The kernels of each device that were loaded, with the shared memory that their blocks may have; how often any was;
+// and those that were launched. Devices take turns.
+extern std::mutex turn;
+extern std::map<const void*, int> loaded[kDevices];
+extern int loads;
+extern std::set<const void*> launched[kDevices];
 
 }  // namespace on_cpu
 
@@ -257,11 +263,13 @@ inline float RoundToTF32(float value) {
   return !kTuring && std::isfinite(value) ? BitsFloat((FloatBits(value) + 0x1000) & 0xffffe000) : value;
 }
 
-// The least that a block may have on the devices of 7.5, and since: sm_86, sm_89 and sm_120.
-inline constexpr int kMostSharedBytes = (kTuring ? 64 : 99) << 10;
+// The least that a block may have on the devices of 7.5, and since: sm_86, sm_89 and sm_120. The second device is
+// of 7.5 in this, so that it is told from the first.
+inline constexpr int kLeastSharedBytes = 64 << 10;
+inline constexpr int kMostSharedBytes = kTuring ? kLeastSharedBytes : 99 << 10;
 
-inline cudaError_t MostSharedBytes(int* bytes) {
-  *bytes = kMostSharedBytes;
+inline cudaError_t MostSharedBytes(int device, int* bytes) {
+  *bytes = device == 0 ? kMostSharedBytes : kLeastSharedBytes;
   return cudaSuccess;
 }
 
@@ -269,16 +277,26 @@ inline cudaError_t ZeroAsync(void* to, int64_t bytes, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream);
 }
 
-template <class... Parameters>
-cudaError_t Load(void (*kernel)(Parameters...)) {
-  on_cpu::loaded.insert(reinterpret_cast<void (*)()>(kernel));
+inline cudaError_t Load(const void* kernel, int shared_bytes) {
+  int most = 0;
+  MostSharedBytes(current_device, &most);
+  if (shared_bytes > most) return cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> lock(on_cpu::turn);
+  on_cpu::loaded[current_device][kernel] = shared_bytes;
+  ++on_cpu::loads;
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t,
+cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  on_cpu::launched.insert(reinterpret_cast<void (*)()>(kernel));
+  if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
+  const std::lock_guard<std::mutex> lock(on_cpu::turn);
+  const void* address = reinterpret_cast<const void*>(kernel);
+  const auto loaded = on_cpu::loaded[current_device].find(address);
+  if (loaded == on_cpu::loaded[current_device].end()) on_cpu::Fail("a kernel is launched that was not loaded");
+  if (shared_bytes > loaded->second) return cudaErrorInvalidValue;
+  on_cpu::launched[current_device].insert(address);
   const std::tuple<Parameters...> parameters(arguments...);
   return on_cpu::Run(reinterpret_cast<void (*)()>(kernel), grid, block, shared_bytes,
                      [&] { std::apply(kernel, parameters); });

@@ -3,6 +3,7 @@
 test_handlers_on_cpu.py builds the module, in the folder that CUDA_HANDLERS_ON_CPU names, and runs some of the tests so.
 """
 
+import ctypes
 import importlib.util
 import os
 
@@ -15,6 +16,8 @@ spec = importlib.util.spec_from_file_location("_native_cuda", os.environ["CUDA_H
 native._native_cuda = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native._native_cuda)
 native.CUDA_MISSING = None
+library = ctypes.CDLL(spec.origin)
+library.jax_dcn_launched.restype = ctypes.c_char_p
 calls = 0
 
 for target, handler in native._native_cuda.handlers().items():
@@ -27,9 +30,15 @@ def call(target, results, operands, attributes):
     return jax.ffi.ffi_call(f"{target}_on_cpu", results)(*operands.values(), **attributes)
 
 
+def launched(device=0):
+    """The mangled names of the kernels that an emulated device has run."""
+    return set(library.jax_dcn_launched(device).decode().split())
+
+
 native.call = call
 for primitive, kernel in (
     (primitives.deform_conv2d_p, lowering._deform_conv2d_cuda),
+    (primitives.deform_conv2d_tangent_p, lowering._deform_conv2d_tangent_by(lowering._deform_conv2d_cuda)),
     (primitives.deform_conv2d_backward_p, lowering._deform_conv2d_backward_cuda),
 ):
 

@@ -15,6 +15,14 @@ namespace cuda {
 constexpr int kThreads = 64;
 constexpr int kBytes = kThreads * 16;  // of shared memory
 
+// On the first device.
+template <class... Parameters, class... Arguments>
+cudaError_t LoadAndLaunch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes,
+                          const Arguments&... arguments) {
+  const cudaError_t error = Load(reinterpret_cast<const void*>(kernel), shared_bytes);
+  return error != cudaSuccess ? error : Launch(kernel, grid, block, shared_bytes, &device_streams[0], arguments...);
+}
+
 // Each thread writes an element and reads its neighbour's.
 struct Exchange {
   int apart = 1;  // the neighbour
@@ -148,17 +156,17 @@ bool ProductIsRight(bool transposed) {
       }
     }
   }
-  Launch(ProductKernel<Type, T>, 1, 32, 2048, nullptr, transposed, a.data(), b.data(), c.data());
+  LoadAndLaunch(ProductKernel<Type, T>, 1, 32, 2048, transposed, a.data(), b.data(), c.data());
   return c == expected;
 }
 
 int Main(const std::string& name) {
   std::vector<float> in(4 * kThreads, 3.0f), out(kThreads);
   const auto exchange = [&](Exchange e, int bytes = kThreads* 4) {
-    return Launch(ExchangeKernel, 2, kThreads, bytes, nullptr, e, out.data());
+    return LoadAndLaunch(ExchangeKernel, 2, kThreads, bytes, e, out.data());
   };
   const auto run = [&](auto kernel, auto... arguments) {
-    return Launch(kernel, 2, kThreads, kBytes, nullptr, arguments...);
+    return LoadAndLaunch(kernel, 2, kThreads, kBytes, arguments...);
   };
   if (name == "sound") {
     exchange({});
@@ -184,8 +192,14 @@ int Main(const std::string& name) {
   }
   if (name == "launches") {
     return exchange({}, 100 << 10) == cudaSuccess ||
-           Launch(DivergentKernel, dim3(1, 65536), 32, 0, nullptr, -1) == cudaSuccess ||
-           Launch(DivergentKernel, 1, 1056, 0, nullptr, -1) == cudaSuccess;
+           LoadAndLaunch(DivergentKernel, dim3(1, 65536), 32, 0, -1) == cudaSuccess ||
+           LoadAndLaunch(DivergentKernel, 1, 1056, 0, -1) == cudaSuccess ||
+           Launch(DivergentKernel, 1, 32, 8, &device_streams[0], -1) == cudaSuccess ||
+           Launch(DivergentKernel, 1, 32, 0, &device_streams[1], -1) == cudaSuccess;
+  }
+  if (name == "not_loaded") {
+    cudaSetDevice(1);
+    Launch(DivergentKernel, 1, 32, 0, &device_streams[1], -1);
   }
   if (name == "no_barrier") exchange({33, false});
   if (name == "no_warp_barrier") exchange({1, false});

@@ -48,6 +48,7 @@ def run(
     seed=0,
     fault=(),
     architecture=900,
+    device=0,
 ):
     """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
     n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
@@ -67,7 +68,7 @@ def run(
     if cotangent is not None:
         inputs.pop("bias", None)
     data = call + b"".join(_nhwc(name, inputs[name]).tobytes() for name in ("grad_y", *NAMES) if name in inputs)
-    output = execute(programs / f"cuda_on_cpu_{architecture}", seed, *fault, data=data)
+    output = execute(programs / f"cuda_on_cpu_{architecture}", seed, device, *fault, data=data)
 
     def take(name, like, dtype):
         nonlocal output

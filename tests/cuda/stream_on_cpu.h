@@ -1,4 +1,4 @@
-// The CUDA handlers on the CPU, where XLA has no stream to give them: they get a null one.
+// The CUDA handlers on the CPU, where XLA has no stream to give them: they get that of the device.
 
 #pragma once
 
@@ -9,7 +9,10 @@
 template <>
 struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
   using Type = cudaStream_t;
-  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) {
-    return static_cast<cudaStream_t>(nullptr);
+  template <class Context>
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context, DiagnosticEngine& diagnostic) {
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    if (!device) return std::nullopt;
+    return &device_streams[*device];
   }
 };

@@ -115,6 +115,16 @@ def test_turing(programs, case, mode, deterministic):
     check(programs, case, mode, operands, rounded=rounded, deterministic=deterministic, architecture=750)
 
 
+@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", TURING, ids=str)
+def test_second_device(programs, case, mode):
+    """It has less shared memory than the first, which is the current one."""
+    check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)), device=1)
+    for wide in WIDE_TILES:
+        y = {d: on_cpu.run(programs, wide, mode, wide.operands(on_cpu.dtype_of(mode)), device=d) for d in (0, 1)}
+        np.testing.assert_array_equal(y[0], y[1])
+
+
 @settings(
     max_examples=int(os.environ.get("JAX_DCN_HYPOTHESIS_EXAMPLES", 25)),
     derandomize=True,

@@ -16,10 +16,13 @@ from processes import run_python
 
 TOP = Path(__file__).parents[2]
 
-# Small ones of each kind: results and gradients in both formats and all dtypes, vmap, unusable coordinates, no images.
+# Small ones of each kind: results and gradients in both formats and all dtypes, vmap, unusable coordinates, no images,
+# tangents and second derivatives.
+SMALL = "torchvision or no_images or one_pixel or depthwise or 16_bit"
 TESTS = {
-    "test_numbers.py": "native and (torchvision or no_images or one_pixel or depthwise or unusable or precision)",
-    "test_gradients.py": "native and (torchvision or no_images or one_pixel or depthwise or asked or wanted)",
+    "test_numbers.py": f"native and ({SMALL} or unusable or precision)",
+    "test_gradients.py": f"native and ({SMALL} or asked or wanted)",
+    "test_transformations.py": "native and (forward_mode or jacfwd or hessian or linear_transpose)",
     "test_vmap.py": "native and mask",
 }
 
@@ -33,7 +36,7 @@ def handlers(tmp_path_factory):
         pytest.skip("no C++ compiler")
     module = tmp_path_factory.mktemp("handlers") / "_native_cuda.so"
     includes = [jax.ffi.include_dir(), pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DJAX_DCN_CUDA_ON_CPU"]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-attributes", "-DJAX_DCN_CUDA_ON_CPU"]
     command += [f"-I{TOP / 'tests/cuda'}", "-include", "stream_on_cpu.h"]
     command += [f"-isystem{include}" for include in includes]
     command += ["-xc++", *map(str, sorted((TOP / "csrc/cuda").glob("*.cu")))]
@@ -44,16 +47,49 @@ def handlers(tmp_path_factory):
     return module
 
 
+def emulated(module, **environment):
+    """The environment in which handlers_on_cpu can be imported."""
+    path = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
+    return {"CUDA_HANDLERS_ON_CPU": str(module), "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment}
+
+
 @pytest.mark.parametrize("file", TESTS)
 def test_operator_through_the_cuda_path(file, handlers):
-    environment = {**os.environ, "CUDA_HANDLERS_ON_CPU": str(handlers), "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
     command = [Path(sys.executable).parent / "pytest", "-q", "-p", "handlers_on_cpu", "-p", "no:cacheprovider"]
     command += [f"--rootdir={TOP}", TOP / "tests" / file, "-k", TESTS[file]]
+    environment = {**os.environ, **emulated(handlers)}
     done = subprocess.run(command, env=environment, cwd=handlers.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (calls,) = re.findall(r"CUDA handlers on the CPU: (\d+) calls lowered", done.stdout)
     assert int(calls) >= 5
+
+
+def test_each_device_runs_its_own_kernels(handlers):
+    """XLA names the device; the second one has less shared memory, and a stream that the first does not know."""
+    code = """
+import handlers_on_cpu, jax, jax.numpy as jnp, jax_dcn, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+rng = np.random.default_rng(0)
+shapes = (2, 9, 8, 16), (2, 9, 8, 18), (3, 3, 16, 70)
+operands = [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+@jax.jit
+def gradients(*operands):
+    loss = lambda *a: jnp.square(jax_dcn.deform_conv2d(*a, padding=1, data_format="NHWC")).sum()
+    return jax.grad(loss, argnums=(0, 1, 2))(*operands)
+
+first, second = jax.devices()
+one = jax.block_until_ready(gradients(*(jax.device_put(a, second) for a in operands)))
+assert all(a.devices() == {second} for a in one)
+assert not handlers_on_cpu.launched(0) and handlers_on_cpu.launched(1)
+mesh = jax.make_mesh((2,), ("n",))
+shared = [jax.device_put(a, NamedSharding(mesh, P() if a.shape[0] == 3 else P("n"))) for a in operands]
+for a, b in zip(jax.block_until_ready(gradients(*shared)), one):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+assert handlers_on_cpu.launched(0) == handlers_on_cpu.launched(1)
+"""
+    run_python(code, **emulated(handlers, XLA_FLAGS="--xla_force_host_platform_device_count=2"))
 
 
 CHANGES = {
@@ -81,6 +117,5 @@ try:
 except jax.errors.JaxRuntimeError as error:
     print(error)
 """
-    path = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
-    printed = run_python(code, CUDA_HANDLERS_ON_CPU=str(handlers), PYTHONPATH=path)
+    printed = run_python(code, **emulated(handlers))
     assert message in printed, printed

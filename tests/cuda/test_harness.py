@@ -20,6 +20,7 @@ FAULTS = {
     "bank_conflict": "bank conflict",
     "misaligned": "not aligned",
     "beyond_global": "heap-buffer-overflow",
+    "not_loaded": "that was not loaded",
 }
 
 
