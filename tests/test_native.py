@@ -113,7 +113,7 @@ def test_every_instruction_set_agrees_with_plain_xla(isa, precision, xla_gradien
     for name, expected in xla_gradients.items():
         _, dtype, _, array = name.split()
         pairs = (isa, precision, dtype) == ("avx512bf16", "default", "bfloat16") and array in ("y", "weight")
-        assert_close(gradients[name], expected, "bfloat16 pairs" if pairs else dtype, err_msg=name, both_rounded=True)
+        assert_close(gradients[name], expected, "bfloat16 samples" if pairs else dtype, err_msg=name, both_rounded=True)
 
 
 def test_an_unknown_instruction_set_is_an_error():

@@ -11,8 +11,9 @@ TOLERANCES = {
     "float16": 2**-11 + 1e-5,
     # float32 whose products have operands rounded to TF32's 11 bits. The errors of many products cancel in part.
     "tf32": 2e-3,
-    # bfloat16 whose samples were rounded too.
-    "bfloat16 pairs": 2**-7 + 1e-5,
+    # 16 bits where the samples were rounded too, before they were multiplied.
+    "bfloat16 samples": 2**-7 + 1e-5,
+    "float16 samples": 2**-10 + 1e-5,
 }
 
 
