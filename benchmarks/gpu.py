@@ -1,10 +1,12 @@
-"""Measures the CUDA kernels against torchvision's operator and cuDNN's plain convolution: numbers first, then times.
+"""Measures the CUDA kernels against cuDNN's plain convolution, torchvision and deformops: numbers first, then times.
 
-    python benchmarks/gpu.py [--cases r50_c3,edvr_m] [--batches 16,1] [--modes bfloat16,tf32] [--out FOLDER]
+    python benchmarks/gpu.py [--cases r50_c3,edvr_m@4] [--batches 16,1] [--modes bfloat16,tf32] [--out FOLDER]
+    python benchmarks/gpu.py --site FOLDER --baseline FOLDER   # two builds, as pip install --target makes them
 
-Needs a GPU; torchvision takes part if it is installed. A timed call computes several times, each time on arrays of its
-own: so launches hardly count, and no input is found in the cache. The calls of a case are timed in turn, round after
-round. What --seconds do not suffice for is left out, and named. Writes results.json and table.md.
+Needs a GPU; torchvision and deformops take part if they are installed. A timed call computes several times, each time
+on arrays of its own: so launches hardly count, and no input is found in the cache. Several calls are queued and waited
+for once. The calls of a case are timed in turn, round after round, those of the two builds too, each of which has a
+process. What --seconds do not suffice for is left out, and named. Writes results.json and table.md.
 """
 
 from __future__ import annotations
@@ -12,246 +14,165 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-# torch works on the same GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+from cases import CASES
+from report import caption, markdown, paired_ratio, write_json
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from cases import CASES, Arrays, Case, to_nchw, to_nhwc
-from jax import lax
-from report import caption, environment, markdown, write_json
-
-import jax_dcn
-
-# The dtype of x, weight and y, and what float32 products are made in. Offset and mask are float32.
-MODES = {"tf32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+LISTED = ("r50_c4", "r50_c3", "r50_c5", "r50_c4_s2", "edvr_m", "basicvsrpp", "x101", "bevdepth", "dekr", "train")
+MODES = ("bfloat16", "float16", "tf32", "float32")
 DIRECTIONS = ("forward", "both")
-
-# Largest error, relative to the largest value. 16 bits: the rounding of the result, of which a sum of roundings in the
-# gradients is no more. TF32: operands with 11 bits. float32: a few hundred roundings.
-TOLERANCE = {"tf32": 2e-3, "bfloat16": 2.0**-7, "float16": 2.0**-9, "float32": 2e-5}
-
-# A timed call repeats as often as fills MEASURE seconds, with as many sets of arrays as fill CACHES times the L2 cache
-# of the largest GPUs, but at least MIN_SETS.
-MEASURE, L2_BYTES, CACHES, MIN_SETS, MAX_SETS = 0.02, 64 * 2**20, 3, 2, 24
+OWN = "jax_dcn NHWC"
+ALTERNATIVES = ("plain convolution", "torchvision", "jax_dcn NCHW", "deformops")
 ROUNDS = 7
 
-
-class Problem(NamedTuple):
-    case: Case
-    backward: bool  # y and the gradients of all operands, else y alone
-    mode: str
-    operands: Arrays  # NHWC, with grad_y
-    sets: int
+# Where the host may be what is slow, also measured without command buffers.
+HOST_BOUND, WITHOUT_COMMAND_BUFFERS = ("r50_c4", 1), "without command buffers"
 
 
-class Run(NamedTuple):
-    results: dict[str, np.ndarray] | None  # NHWC, of the first set; none for what is not deformable
-    enqueue: Callable[[], Any]  # starts one computation per set
-    wait: Callable[[Any], None]  # until what enqueue returned is there
+# --- processes ---
 
 
-# --- what is measured ---
+def serve(connection: Connection, site: str | None, few_tiles: bool) -> None:
+    """Calls the methods of a Measurer, of the build in the folder `site`, that come over the connection."""
+    if site is not None:
+        sys.path.insert(0, site)
+    from gpu_runs import Measurer
+
+    measurer = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            measurer = measurer or Measurer(few_tiles)
+            connection.send((getattr(measurer, method)(*arguments), None))
+        except (Exception, SystemExit) as error:
+            connection.send((None, f"{type(error).__name__}: {str(error)[:400]}"))
 
 
-def jax_run(function: Callable[..., jax.Array], problem: Problem, names: list[str], nchw: bool) -> Run:
-    """`function` of the operands with these names, once per set in one compiled program."""
-    dtype = MODES[problem.mode]
-    arrays = to_nchw(problem.operands) if nchw else problem.operands
-    wide = ("offset", "mask")
-    first = {name: jnp.asarray(arrays[name], "float32" if name in wide else dtype) for name in (*names, "grad_y")}
-    sets = [first] + [jax.tree.map(jnp.copy, first) for _ in range(problem.sets - 1)]
-
-    def one(operands):
-        operands = dict(operands)
-        grad_y = operands.pop("grad_y")
-        if not problem.backward:
-            return {"y": function(**operands)}
-        y, vjp = jax.vjp(lambda operands: function(**operands), operands)
-        return {"y": y, **vjp(grad_y)[0]}
-
-    compiled = jax.jit(lambda sets: [one(operands) for operands in sets]).lower(sets).compile()
-    results = {name: np.asarray(array, np.float32) for name, array in compiled(sets)[0].items()}
-    return Run(to_nhwc(results) if nchw else results, lambda: compiled(sets), jax.block_until_ready)
+class Failure(Exception):
+    """What a process could not do."""
 
 
-def precision(problem: Problem) -> str | None:
-    return "highest" if problem.mode == "float32" else None
+class Build:
+    """A build of jax_dcn, in a process of its own that is started when it is called."""
 
+    def __init__(self, name: str, site: str | None, few_tiles: bool):
+        self.name, self.arguments = name, (site, few_tiles)
+        self.process: multiprocessing.context.SpawnProcess | None = None
 
-def jax_dcn_run(problem: Problem, data_format: str) -> Run:
-    def function(**operands):
-        sizes = problem.case.sizes
-        return jax_dcn.deform_conv2d(**operands, **sizes, data_format=data_format, precision=precision(problem))
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *self.arguments), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    names = [name for name in problem.operands if name != "grad_y"]
-    return jax_run(function, problem, names, nchw=data_format == "NCHW")
+    def call(self, method: str, *arguments: Any) -> Any:
+        if self.process is None:
+            self.start()
+        try:
+            self.connection.send((method, arguments))
+            result, failure = self.connection.recv()
+        except (EOFError, OSError):
+            self.stop()
+            raise Failure(f"the process of {self.name} ended") from None
+        if failure is not None:
+            raise Failure(failure)
+        return result
 
+    def usable(self) -> Build:
+        """With a process that can compute, and has not lost its GPU to an error."""
+        try:
+            if self.call("usable"):
+                return self
+        except Failure as failure:
+            print(failure, file=sys.stderr, flush=True)
+        self.stop()
+        return self
 
-def conv_run(problem: Problem) -> Run:
-    case = problem.case
-
-    def function(x, weight):
-        return lax.conv_general_dilated(
-            x,
-            weight,
-            window_strides=(case.stride,) * 2,
-            padding=((case.padding,) * 2,) * 2,
-            rhs_dilation=(case.dilation,) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=case.groups,
-            precision=precision(problem),
-        )
-
-    return jax_run(function, problem, ["x", "weight"], nchw=False)._replace(results=None)
-
-
-def torchvision_run(problem: Problem) -> Run:
-    """As a CUDA graph, so that the launches of its many kernels do not count. It has no bfloat16."""
-    import torch
-    from torchvision.ops import deform_conv2d
-
-    torch.backends.cuda.matmul.allow_tf32 = problem.mode == "tf32"
-    case = problem.case
-    dtype = getattr(torch, MODES[problem.mode])
-    arrays = {name: torch.from_numpy(array).to("cuda", dtype) for name, array in to_nchw(problem.operands).items()}
-    grad_y = arrays.pop("grad_y")
-    sets = [
-        {name: array.clone().requires_grad_(problem.backward) for name, array in arrays.items()}
-        for _ in range(problem.sets)
-    ]
-
-    def one(operands):
-        sizes = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
-        y = deform_conv2d(operands["x"], operands["offset"], operands["weight"], mask=operands.get("mask"), **sizes)
-        gradients = torch.autograd.grad(y, list(operands.values()), grad_y) if problem.backward else ()
-        return {"y": y.detach(), **dict(zip(operands, gradients, strict=problem.backward))}
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # a warm-up outside the default stream, as capture wants
-        first = {name: array.float().cpu().numpy() for name, array in one(sets[0]).items()}
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [one(operands) for operands in sets]  # the graph writes to these
-    return Run(to_nhwc(first), lambda: graph.replay() or kept, lambda _: torch.cuda.synchronize())
-
-
-COMPETITORS: dict[str, tuple[Callable[[Problem], Run], tuple[str, ...]]] = {  # and the modes in which they take part
-    "torchvision": (torchvision_run, ("tf32", "float16", "float32")),
-    "jax_dcn NHWC": (lambda problem: jax_dcn_run(problem, "NHWC"), tuple(MODES)),
-    "jax_dcn NCHW": (lambda problem: jax_dcn_run(problem, "NCHW"), tuple(MODES)),
-    "plain convolution": (conv_run, tuple(MODES)),
-}
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
 
 
 # --- measuring ---
 
 
-def reference(case: Case, backward: bool, operands: Arrays) -> Arrays:
-    """The results by plain XLA in float32."""
-    os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"  # read when traced
-    try:
-        results = jax_dcn_run(Problem(case, backward, "float32", operands, 1), "NHWC").results
-    finally:
-        del os.environ["JAX_DCN_IMPLEMENTATION"]
-    assert results is not None
-    return results
-
-
-def largest_error(actual: Arrays, expected: Arrays) -> float:
-    """Of all results, relative to the largest value. NaN if there is one."""
-    if actual.keys() != expected.keys():
-        raise ValueError(f"has {sorted(actual)}, expected {sorted(expected)}")
-    errors = [np.abs(actual[name] - value).max() / np.abs(value).max() for name, value in expected.items()]
-    return float(np.max(errors))
-
-
-def stopwatch(run: Run, calls: int) -> float:
-    """The seconds of one computation: `calls` calls are under way at once, so their launches overlap."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        pending = run.enqueue()
-    run.wait(pending)
-    return time.perf_counter() - start
-
-
-def measure(case: Case, name: str, backward: bool, mode: str, operands: Arrays, expected: Arrays) -> list[dict]:
-    """One entry for each competitor: its times, or why it has none."""
-    set_bytes = sum(array.nbytes for array in operands.values())
-    sets = min(MAX_SETS, max(MIN_SETS, -(-CACHES * L2_BYTES // set_bytes)))
-    entries, runs = [], {}
-    for competitor, (build, modes) in COMPETITORS.items():
-        if mode not in modes or (competitor == "torchvision" and not has_torchvision()):
-            continue
-        entry = {"case": name, "batch": case.batch, "direction": DIRECTIONS[backward], "mode": mode}
-        entry |= {"competitor": competitor, "sets": sets}
-        entries.append(entry)
+def measure(
+    builds: list[Build], name: str, batch: int, backward: bool, mode: str, competitors: list[str]
+) -> list[dict[str, Any]]:
+    """The entries of all builds, with the times of each round. The first build's process measures the others too."""
+    entries: list[tuple[Build, list[dict[str, Any]]]] = []
+    for build in builds:
+        own = [competitor for competitor in competitors if build is builds[0] or competitor == OWN]
         try:
-            run = build(Problem(case, backward, mode, operands, sets))
-            if run.results is not None:
-                entry["error"] = largest_error(run.results, expected)
-                # torchvision computes its coordinates in float16 there.
-                if not entry["error"] <= TOLERANCE[mode] and (competitor, mode) != ("torchvision", "float16"):
-                    raise ValueError(f"is off by {entry['error']:.1e}, allowed is {TOLERANCE[mode]:.1e}")
-            stopwatch(run, 1)
-            calls = max(1, round(MEASURE / stopwatch(run, 1)))
-            runs[competitor] = (run._replace(results=None), calls, entry)
-        except Exception as error:  # the others still count
-            entry["failure"] = f"{type(error).__name__}: {str(error)[:400]}"
-            print(f"{name}, {competitor}, {mode}: {entry['failure']}", file=sys.stderr, flush=True)
+            prepared = build.usable().call("prepare", name, batch, backward, mode, own)
+        except Failure as failure:
+            entry = {"case": name, "batch": batch, "direction": DIRECTIONS[backward], "mode": mode}
+            prepared = [entry | {"competitor": OWN, "failure": str(failure)}]
+        entries.append((build, [entry | {"build": build.name} for entry in prepared]))
     for _ in range(ROUNDS):
-        for run, calls, entry in runs.values():
-            entry.setdefault("milliseconds", []).append(1e3 * stopwatch(run, calls) / calls / sets)
-    return entries
-
-
-def has_torchvision() -> bool:
-    try:
-        import torch
-        import torchvision  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return torch.cuda.is_available()
+        for build, prepared in entries:
+            timed = [entry for entry in prepared if "failure" not in entry]
+            if not timed:
+                continue
+            try:
+                times = build.call("round")
+            except Failure as failure:
+                for entry in timed:
+                    entry["failure"] = str(failure)
+                continue
+            for entry in timed:
+                total, host = times[entry["position"]]
+                entry.setdefault("milliseconds", []).append(1e3 * total)
+                entry.setdefault("host_milliseconds", []).append(1e3 * host)
+    return [entry for _, prepared in entries for entry in prepared]
 
 
 # --- the report ---
 
 
-def table(measurements: list[dict]) -> str:
-    times = {
-        tuple(m[key] for key in ("case", "batch", "direction", "mode", "competitor")): m["milliseconds"]
-        for m in measurements
-        if "milliseconds" in m
-    }
-    errors = {(m["case"], m["batch"], m["direction"], m["mode"]): m.get("error") for m in measurements if ours(m)}
-    header = ["case", "batch", "", "dtype", "jax_dcn, ms", "TFLOP/s", "/ conv", "NCHW, ms", "torchvision /", "error"]
+def table(measurements: list[dict[str, Any]], baseline: bool) -> str:
+    def key(m: dict[str, Any]) -> tuple[Any, ...]:
+        return m["case"], m["batch"], m["direction"], m["mode"]
+
+    by_key: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for m in measurements:
+        name = m["competitor"] if m["build"] == "this" else m["build"]
+        by_key.setdefault(key(m), {})[name] = m
+    header = ["case", "batch", "", "dtype", "jax_dcn, ms", "host, ms", "TFLOP/s", "/ conv"]
+    header += ["/ baseline"] * baseline + ["/ torchvision", "/ deformops", "NCHW /", "no graphs /", "error"]
     rows = []
-    for key in dict.fromkeys(key[:4] for key in times):
-        nhwc = times.get((*key, "jax_dcn NHWC"), [])
-        case = dataclasses.replace(CASES[key[0]], batch=key[1])
-        flop = 2 * case.multiply_adds * (3 if key[2] == "both" else 1)
-        rate = f"{flop / statistics.median(nhwc) / 1e9:.0f}" if nhwc else ""
-        row = [key[0], str(key[1]), key[2], key[3], milliseconds(nhwc), rate]
-        row += [ratio(nhwc, times.get((*key, "plain convolution"), []))]
-        row += [milliseconds(times.get((*key, "jax_dcn NCHW"), []))]
-        row += [ratio(times.get((*key, "torchvision"), []), nhwc)]
-        row += [f"{errors[key]:.1e}" if errors.get(key) is not None else ""]
-        rows.append(row)
+    for (name, batch, direction, mode), found in by_key.items():
+
+        def times(competitor: str, found: dict = found) -> list[float]:
+            return found.get(competitor, {}).get("milliseconds", [])
+
+        def against(competitor: str, times: Callable = times) -> str:
+            return ratio(times(OWN), times(competitor))
+
+        own = found.get(OWN, {})
+        flop = 2 * dataclasses.replace(CASES[name], batch=batch).multiply_adds * (3 if direction == "both" else 1)
+        rate = f"{flop / statistics.median(times(OWN)) / 1e9:.0f}" if times(OWN) else ""
+        row = [name, str(batch), direction, mode, milliseconds(times(OWN)) or "FAILED"]
+        row += [milliseconds(own.get("host_milliseconds", [])), rate, against("plain convolution")]
+        row += [against("baseline")] * baseline + [against("torchvision"), against("deformops")]
+        row += [ratio(times(other), times(OWN)) for other in ("jax_dcn NCHW", WITHOUT_COMMAND_BUFFERS)]
+        rows.append([*row, f"{own['error']:.1e}" if "error" in own else ""])
     return markdown(header, rows) if rows else "Nothing was measured."
-
-
-def ours(measurement: dict) -> bool:
-    return measurement["competitor"] == "jax_dcn NHWC"
 
 
 def milliseconds(times: list[float]) -> str:
@@ -259,25 +180,41 @@ def milliseconds(times: list[float]) -> str:
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    """The median over the rounds."""
-    return f"{statistics.median(x / y for x, y in zip(a, b, strict=True)):.2f}" if a and b else ""
+    return f"{paired_ratio(a, b):.2f}" if a and b else ""
+
+
+LEGEND = """Medians of {rounds} rounds. host: until the calls have returned, their work being under way; near jax_dcn's
+time, the host is what is slow. TFLOP/s: of the products alone, 2 per multiply-add, three products with the backward
+pass. / conv, / baseline, / torchvision, / deformops: jax_dcn's time, in NHWC, relative to that of cuDNN's plain
+convolution of the same shape through JAX in NHWC, of the other build, of torchvision in NCHW, of deformops' Triton
+kernels in NHWC. NCHW /, no graphs /: of jax_dcn in NCHW, or without XLA's command buffers, relative to it. error: of
+jax_dcn, relative to the largest value, against plain XLA in float32. The others' results are compared too, those of
+torchvision in float16 with those of the coordinates that it rounds to float16."""
 
 
 def page(report: dict[str, Any]) -> str:
-    legend = (
-        "Medians. TFLOP/s: of the products alone, 2 per multiply-add, three products with the backward pass. / conv: "
-        "relative to cuDNN's plain convolution of the same shape through JAX, NHWC. torchvision /: how many times as "
-        "long torchvision takes, in NCHW. error: of jax_dcn, relative to the largest value, against plain XLA in "
-        "float32."
-    )
-    left_out = f"Left out for lack of time: {', '.join(report['left_out'])}." if report["left_out"] else ""
-    parts = [caption(report["environment"]), report["gpu"], legend, left_out, table(report["measurements"])]
+    parts = []
+    for name, environment in report["builds"].items():
+        versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+        lines = [environment["card"], environment["gpu"], versions]
+        parts += [f"Build: {name}." if len(report["builds"]) > 1 else "", caption(environment, lines)]
+    parts.append(LEGEND.format(rounds=ROUNDS).replace("\n", " "))
+    if report["few_tiles"]:
+        parts.append("Of deformops' 40 choices of tiles 5 were tried, as each takes seconds to compile.")
+    if report["left_out"]:
+        parts.append(f"Left out for lack of time: {', '.join(report['left_out'])}.")
+    parts.append(table(report["measurements"], "baseline" in report["builds"]))
+    failures = [m for m in report["measurements"] if "failure" in m]
+    parts.append("\n".join(f"- {m['case']}, batch {m['batch']}, {described(m)}: {m['failure']}" for m in failures))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def described(measurement: dict[str, Any]) -> str:
+    return ", ".join(measurement[key] for key in ("direction", "mode", "competitor", "build"))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    listed = ("r50_c3", "r50_c4", "r50_c5", "r50_c4_s2", "edvr_m", "basicvsrpp", "x101", "bevdepth", "dekr", "train")
 
     def names(allowed: Any) -> Callable[[str], list[str]]:
         def parse(text: str) -> list[str]:
@@ -288,53 +225,68 @@ def parse_arguments() -> argparse.Namespace:
 
         return parse
 
+    def case(text: str) -> tuple[str, int | None]:
+        name, _, batch = text.partition("@")
+        names(CASES)(name)
+        return name, int(batch) if batch else None
+
     default_out = Path(__file__).parent / "results" / "gpu"
-    parser.add_argument("--cases", type=names(CASES), default=list(listed), metavar="NAME,...")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[16, 1])
+    parser.add_argument("--site", help="folder of the build to measure (default: the package that Python finds)")
+    parser.add_argument("--baseline", metavar="SITE", help="folder of another build, to compare with")
+    parser.add_argument(
+        "--cases", type=lambda text: [case(name) for name in text.split(",")], default=[(name, None) for name in LISTED]
+    )
+    parser.add_argument(
+        "--batches", type=lambda text: [int(n) for n in text.split(",")], default=[16, 1], help="of cases without @"
+    )
     parser.add_argument("--directions", type=names(DIRECTIONS), default=list(DIRECTIONS))
     parser.add_argument("--modes", type=names(MODES), default=list(MODES))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--alternatives", type=names(ALTERNATIVES), default=list(ALTERNATIVES), metavar="NAME,...")
+    parser.add_argument("--few-tiles", action="store_true", help="have deformops try 5 of its 40 choices of tiles")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """After every case, so that a run that is cut short leaves what it has measured."""
-    write_json(folder / "results.json", report)
-    (folder / "table.md").write_text(page(report))
+    """After every measurement, so that a run that is cut short leaves what it has measured."""
+    for name, text in (("results.json", None), ("table.md", page(report))):
+        new = folder / f"{name}.new"
+        write_json(new, report) if text is None else new.write_text(text)
+        os.replace(new, folder / name)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if jax.default_backend() != "gpu":
-        raise SystemExit(f"benchmarks/gpu.py needs a GPU, but JAX runs on {jax.devices()[0].platform}: {jax.devices()}")
-    if jax_dcn.native.CUDA_MISSING is not None:
-        raise SystemExit(f"benchmarks/gpu.py needs the CUDA kernels: {jax_dcn.native.CUDA_MISSING}")
     start = time.perf_counter()
-    device = jax.devices()[0]
-    report = {
-        "environment": environment(),
-        "gpu": f"{device.device_kind}, {device.client.platform_version}",
-        "tolerance": TOLERANCE,
-        "left_out": [],
-        "measurements": [],
-    }
+    builds = [Build("this", arguments.site, arguments.few_tiles)]
+    if arguments.baseline is not None:
+        builds.append(Build("baseline", arguments.baseline, arguments.few_tiles))
+    report: dict[str, Any] = {"few_tiles": arguments.few_tiles, "left_out": [], "measurements": []}
+    try:
+        report["builds"] = {build.name: build.call("environment") for build in builds}
+    except Failure as failure:
+        raise SystemExit(str(failure).removeprefix("SystemExit: ")) from None
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for batch, name, direction in itertools.product(arguments.batches, arguments.cases, arguments.directions):
-        label = f"{name}, batch {batch}, {direction}"
-        if time.perf_counter() - start > arguments.seconds:
-            report["left_out"].append(label)
-            continue
-        case = dataclasses.replace(CASES[name], batch=batch)
-        backward = direction == "both"
-        operands = case.operands()
-        expected = reference(case, backward, operands)
-        for mode in arguments.modes:
-            report["measurements"] += measure(case, name, backward, mode, operands, expected)
-        print(f"{label}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        write(arguments.out, report)
+    every_batch = [(name, batch) for batch in arguments.batches for name, own in arguments.cases if own is None]
+    of_one = [(name, own) for name, own in arguments.cases if own is not None]
+    for name, batch in (*of_one, *every_batch):
+        for mode, direction in itertools.product(arguments.modes, arguments.directions):
+            label = f"{name}, batch {batch}, {mode}, {direction}"
+            if time.perf_counter() - start > arguments.seconds:
+                report["left_out"].append(label)
+                continue
+            competitors = [OWN, *arguments.alternatives]
+            if (name, batch) == HOST_BOUND:
+                competitors.append(WITHOUT_COMMAND_BUFFERS)
+            backward = direction == "both"
+            report["measurements"] += measure(builds, name, batch, backward, mode, competitors)
+            print(f"{label}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            write(arguments.out, report)
     write(arguments.out, report)
     print(page(report))
+    for build in builds:
+        build.stop()
     failures = [m for m in report["measurements"] if "failure" in m and m["competitor"].startswith("jax_dcn")]
     if failures:
         raise SystemExit(f"{len(failures)} of jax_dcn's runs failed")

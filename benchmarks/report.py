@@ -1,47 +1,63 @@
-"""What the two benchmarks write: where they ran, tables and JSON."""
+"""What the benchmarks write: where they ran, tables and JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax_dcn
 
+def commit() -> tuple[str, bool]:
+    """The commit of the package, and whether there were changes to it.
 
-def environment() -> dict[str, Any]:
+    From the wheel where scripts/gpu_wheel made it, which has it as its build tag; else this clone's.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        wheel = importlib.metadata.distribution("jax_dcn").read_text("WHEEL") or ""
+        if tag := re.search(r"^Build: 0_g([0-9a-f]+)(_changed)?$", wheel, re.MULTILINE):
+            return tag[1], tag[2] is not None
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
+    return git("rev-parse", "HEAD") or "unknown", bool(git("status", "--porcelain", "--untracked-files=no"))
+
+
+def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         processor = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    import jax_dcn  # which reports may be made without
+
     config = io.StringIO()
     with contextlib.redirect_stdout(config):
         jax_dcn.show_config()
+    commit_id, changed = commit()
     return {
         "processor": processor,
         "cores": cores(),
         "load_average": os.getloadavg()[0],  # of the last minute: above 1 or so, others were at work too
         "platform": platform.platform(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit_id,
+        "uncommitted_changes": changed,
         "config": config.getvalue().splitlines(),
     }
 
 
-def caption(environment: dict[str, Any]) -> str:
+def caption(environment: dict[str, Any], more: Sequence[str] = ()) -> str:
     changed = ", with uncommitted changes" if environment["uncommitted_changes"] else ""
     lines = [f"{environment['processor']}, {environment['cores']} cores, load {environment['load_average']:.1f}"]
-    lines += [f"commit {environment['commit']}{changed}", *environment["config"]]
+    lines += [f"commit {environment['commit']}{changed}", *environment["config"], *more]
     return "\n".join(["```", *lines, "```"])
 
 

@@ -36,15 +36,13 @@ def launched(device=0):
 
 
 native.call = call
-for primitive, kernel in (
-    (primitives.deform_conv2d_p, lowering._deform_conv2d_cuda),
-    (primitives.deform_conv2d_tangent_p, lowering._deform_conv2d_tangent_by(lowering._deform_conv2d_cuda)),
-    (primitives.deform_conv2d_backward_p, lowering._deform_conv2d_backward_cuda),
+tangent = lowering._deform_conv2d_tangent_by(lowering._deform_conv2d_cuda)
+for primitive, kernel, xla in (
+    (primitives.deform_conv2d_p, lowering._deform_conv2d_cuda, lowering.deform_conv2d_xla),
+    (primitives.deform_conv2d_tangent_p, tangent, lowering.deform_conv2d_tangent_xla),
+    (primitives.deform_conv2d_backward_p, lowering._deform_conv2d_backward_cuda, lowering.deform_conv2d_backward_xla),
 ):
-
-    def rule(*operands, implementation, kernel=kernel, **params):
-        return kernel(*operands, **params)
-
+    rule = lowering._lowerings(xla, {"cpu": kernel})["cpu"]
     mlir.register_lowering(primitive, mlir.lower_fun(rule, multiple_results=True), platform="cpu")
 
 

@@ -92,6 +92,64 @@ assert handlers_on_cpu.launched(0) == handlers_on_cpu.launched(1)
     run_python(code, **emulated(handlers, XLA_FLAGS="--xla_force_host_platform_device_count=2"))
 
 
+def test_the_smoke_test_runs_every_kernel(handlers):
+    """scripts/gpu_smoke.py, which says on a GPU which kernels are wrong."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(TOP / "scripts")!r}, {str(TOP / "tests")!r}]
+import handlers_on_cpu, jax, gpu_smoke
+jax.config.update("jax_enable_x64", True)
+for mode in gpu_smoke.MODES:
+    reports = list(gpu_smoke.reports(mode, list(gpu_smoke.CHECKS)))
+    assert len(reports) == len(gpu_smoke.CHECKS) and not any(report["wrong"] for report in reports), reports
+print(*handlers_on_cpu.launched(), sep="\\n")
+"""
+    launched = set(run_python(code, **emulated(handlers, JAX_DISABLE_MOST_OPTIMIZATIONS="1")).split())
+    symbols = subprocess.run(["nm", handlers], capture_output=True, text=True, check=True).stdout
+    kernels = set(re.findall(r"^\S+ \w (_ZN7jax_dcn4cuda\d+[A-Za-z]+Kernel[IE]\w+)$", symbols, re.MULTILINE))
+    assert len(kernels) > 50
+    assert launched == kernels
+
+
+@pytest.mark.parametrize("fault", ["results", "bits", "exception"])
+def test_the_smoke_test_finds_faults(fault, handlers):
+    code = f"""
+import sys
+sys.path[:0] = [{str(TOP / "scripts")!r}, {str(TOP / "tests")!r}]
+import handlers_on_cpu, itertools, jax, gpu_smoke
+from jax_dcn import native
+
+jax.config.update("jax_enable_x64", True)
+call, runs, results = native.call, itertools.count(), gpu_smoke.results
+
+def faulty(target, *arguments):
+    first, *rest = call(target, *arguments)
+    return first * (1.01 if target == native.DEFORM_CONV2D_BACKWARD else 1), *rest
+
+def unsteady(program, *arguments):
+    return {{key: value * (1 + 1e-12 * next(runs)) for key, value in results(program, *arguments).items()}}
+
+def failing(*arguments):
+    raise RuntimeError("an error of CUDA's")
+
+if {fault!r} == "results":
+    native.call = faulty
+elif {fault!r} == "bits":
+    gpu_smoke.results = unsteady
+else:
+    native.call = failing
+for report in gpu_smoke.reports("float32", [gpu_smoke.Check("small_groups", deterministic=True)]):
+    print(report["wrong"])
+"""
+    printed = run_python(code, **emulated(handlers, JAX_DISABLE_MOST_OPTIMIZATIONS="1"))
+    expected = {
+        "results": "['grad_x is off by ",
+        "bits": "grad_weight has other bits",
+        "exception": "RuntimeError: an err",
+    }
+    assert expected[fault] in printed
+
+
 CHANGES = {
     "work space": "native.cuda_workspace = lambda *a, f=native.cuda_workspace: jax.ShapeDtypeStruct("
     "(f(*a).shape[0] - 1,), 'uint8')",

@@ -1,0 +1,222 @@
+"""Runs every CUDA kernel in every dtype, forward and backward, against plain XLA on the CPU, and names what is wrong.
+
+    python scripts/gpu_smoke.py [--modes bfloat16,tf32] [--cases tiles,padded] [--under COMMAND]
+
+Prints a line of JSON for each check and fails if one does. Each mode has a process of its own, --under a command such
+as compute-sanitizer. After an error, which may leave the GPU unusable to its process, the next check begins in a new
+one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+# dtypes, and for float32 what its products are made in. Offset and mask are float32 with the narrower ones.
+MODES = ("float64", "float32", "tf32", "bfloat16", "float16")
+
+
+class Check(NamedTuple):
+    case: str
+    deterministic: bool = False  # XLA is asked for the same bits in every run
+
+
+# Tiles of every width, several of pixels and of output channels; channels that are padded on both sides; small groups.
+CHECKS = (
+    Check("tiles"),
+    Check("padded"),
+    Check("small_groups"),
+    Check("tiles", deterministic=True),
+    Check("padded", deterministic=True),
+    Check("small_groups", deterministic=True),
+    Check("wide_128"),
+    Check("wide_256"),
+)
+
+
+@functools.cache
+def cases() -> dict[str, Any]:
+    from cases import Case
+
+    # The wide tiles want more than 128 blocks of 128 pixels.
+    many_pixels = dict(batch=1, c_in=8, size=(131, 129), kernel=(1, 1), padding=(0, 0), mask=False)
+    all_cases = (
+        Case("tiles", batch=1, c_in=40, c_out=264, size=(13, 17)),
+        Case("padded", batch=3, c_in=42, c_out=50, kernel=(3, 2), stride=(2, 1), groups=2, deform_groups=3),
+        Case("small_groups", c_in=36, c_out=60, groups=12, deform_groups=9),
+        Case("wide_128", c_out=100, **many_pixels),
+        Case("wide_256", c_out=200, **many_pixels),
+    )
+    return {case.name: case for case in all_cases}
+
+
+# --- one process ---
+
+
+def operands(name: str, mode: str) -> tuple[dict[str, Any], Any]:
+    """NCHW operands, of which some offsets lead nowhere, and a cotangent, in the dtypes of the mode."""
+    import numpy as np
+    from cases import OUT_OF_RANGE
+    from jax import numpy as jnp
+
+    case = cases()[name]
+    arrays = case.operands("float64")
+    chosen = np.random.default_rng(2).choice(arrays["offset"].size, len(OUT_OF_RANGE), replace=False)
+    arrays["offset"].flat[chosen] = OUT_OF_RANGE
+    dtype = jnp.dtype("float32" if mode == "tf32" else mode)
+    wide = jnp.promote_types(dtype, "float32")
+    with np.errstate(over="ignore"):
+        arrays = {key: a.astype(wide if key in ("offset", "mask") else dtype) for key, a in arrays.items()}
+    return arrays, case.cotangent(dtype)
+
+
+def lowered(name: str, arrays: dict[str, Any], cotangent: Any, implementation: str) -> Any:
+    """The program of y and all gradients."""
+    import jax
+    from cases import deform_conv2d
+
+    @jax.jit
+    def function(arrays, cotangent):
+        y, vjp = jax.vjp(deform_conv2d(cases()[name], "NHWC"), arrays)
+        return {"y": y, **{f"grad_{key}": gradient for key, gradient in vjp(cotangent)[0].items()}}
+
+    os.environ["JAX_DCN_IMPLEMENTATION"] = implementation  # read when traced
+    return function.lower(arrays, cotangent)
+
+
+def results(program: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    import numpy as np
+
+    return {key: np.asarray(value, np.float64) for key, value in program.compile(options)(*arguments).items()}
+
+
+def expected(name: str, mode: str, pool: concurrent.futures.Executor) -> concurrent.futures.Future:
+    """The results by plain XLA on the CPU, in float64, of the operands as the mode rounds them."""
+    import jax
+    import numpy as np
+
+    arrays, cotangent = operands(name, mode)
+    arrays, cotangent = {key: a.astype(np.float64) for key, a in arrays.items()}, cotangent.astype(np.float64)
+    # Compiling takes most of the time.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    with jax.default_device(jax.devices("cpu")[0]):
+        return pool.submit(results, lowered(name, arrays, cotangent, "xla"), arrays, cotangent, **options)
+
+
+def run(mode: str, check: Check, exact: concurrent.futures.Future) -> dict[str, Any]:
+    """What came of a check: the largest error, relative to the largest value or to 1, and which results are wrong."""
+    import jax
+    import numpy as np
+    from tolerances import TOLERANCES
+
+    tolerance = TOLERANCES[f"{mode} samples" if mode in ("bfloat16", "float16") else mode]
+    arguments = operands(check.case, mode)
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops={str(check.deterministic).lower()}"  # read when traced
+    with jax.default_matmul_precision("default" if mode == "tf32" else "highest"):
+        program = lowered(check.case, *arguments, "native")
+    actual, *again = (results(program, *arguments) for _ in range(2 if check.deterministic else 1))
+    errors = {
+        key: np.abs(actual[key] - e).max(initial=0) / np.abs(e).max(initial=1) for key, e in exact.result().items()
+    }
+    wrong = [f"{key} is off by {error:.1e}" for key, error in errors.items() if not error <= tolerance]
+    for other in again:
+        wrong += [f"{key} has other bits" for key, a in actual.items() if not np.array_equal(a, other[key])]
+    return {"error": float(max(errors.values())), "allowed": tolerance, "wrong": wrong}
+
+
+def reports(mode: str, checks: list[Check]) -> Iterator[dict[str, Any]]:
+    """A report for each check, until one fails with an exception."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        exact = {name: expected(name, mode, pool) for name in dict.fromkeys(check.case for check in checks)}
+        for check in checks:
+            report = {"mode": mode, **check._asdict()}
+            try:
+                yield report | run(mode, check, exact[check.case])
+            except Exception as error:  # whatever XLA, CUDA or a kernel has to say
+                yield report | {"wrong": [f"{type(error).__name__}: {str(error)[:500]}"]}
+                return
+
+
+def run_in_this_process(mode: str, checks: list[Check]) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sys.path.insert(0, str(TESTS))
+    import jax
+
+    from jax_dcn import native
+
+    jax.config.update("jax_enable_x64", True)
+    if jax.default_backend() != "gpu":
+        raise SystemExit(f"no GPU: JAX runs on {jax.devices()}")
+    if native.CUDA_MISSING is not None:
+        raise SystemExit(f"no CUDA kernels: {native.CUDA_MISSING}")
+    for report in reports(mode, checks):
+        print(json.dumps(report), flush=True)
+
+
+# --- all of them ---
+
+
+def supervised(mode: str, checks: list[Check], under: list[str]) -> list[dict[str, Any]]:
+    """The reports of all checks, in as many processes as it takes. Prints everything that these print."""
+    done = []
+    while checks:
+        command = [*under, sys.executable, __file__, "--process", mode, *map("-".join, names(checks))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        before, last = len(checks), ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("{"):
+                done.append(json.loads(line))
+                checks = checks[1:]
+            elif line.strip():
+                last = line.strip()
+        if process.wait() != 0 and len(checks) == before:
+            report = {"mode": mode, **checks[0]._asdict(), "wrong": [f"exit status {process.returncode}: {last}"]}
+            print(json.dumps(report), flush=True)
+            done.append(report)
+            checks = checks[1:]
+    return done
+
+
+def names(checks: list[Check]) -> list[tuple[str, ...]]:
+    return [(check.case, "deterministic") if check.deterministic else (check.case,) for check in checks]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every_case = list(dict.fromkeys(check.case for check in CHECKS))
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES, metavar="MODE,...")
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=every_case, metavar="CASE,...")
+    parser.add_argument("--under", type=shlex.split, default=[], metavar="COMMAND", help="that starts the processes")
+    parser.add_argument("--process", nargs="+", help=argparse.SUPPRESS)  # a mode and the checks of a process
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.process:
+        mode, *chosen = arguments.process
+        by_name = dict(zip(map("-".join, names(list(CHECKS))), CHECKS, strict=True))
+        return run_in_this_process(mode, [by_name[name] for name in chosen])
+    checks = [check for check in CHECKS if check.case in arguments.cases]
+    with concurrent.futures.ThreadPoolExecutor(len(arguments.modes)) as pool:
+        done = pool.map(lambda mode: supervised(mode, checks, arguments.under), arguments.modes)
+        wrong = [report for reports in done for report in reports if report["wrong"]]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} of {len(checks) * len(arguments.modes)} checks failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""scripts/gpu_check and benchmarks/gpu.py without a GPU: limits, verdicts, and what they read in others' output."""
+
+import argparse
+import importlib.machinery
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_smoke
+import gpu_steps
+from gpu_steps import Failed, NotRun, Result, Step, Stopped
+
+TOP = Path(__file__).parents[1]
+loader = importlib.machinery.SourceFileLoader("gpu_check", str(TOP / "scripts" / "gpu_check"))
+gpu_check = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+loader.exec_module(gpu_check)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """One with a wheel, an empty output folder, and a minute."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir(), scratch.mkdir()
+    machine = gpu_steps.Machine(argparse.Namespace(out=out, wheel=Path("a.whl"), baseline=None), scratch)
+    machine.deadline = time.monotonic() + 60
+    return machine
+
+
+def printing(machine, text, status=0):
+    """A Machine.run of commands that print this. An exception for a status is raised."""
+
+    def run(command, log, interrupt=False, **variables):
+        with open(log, "a") as file:
+            file.write(text)
+        if status is Stopped:
+            raise Stopped
+        return status
+
+    machine.run = run
+    machine.tool = lambda name: name
+    return machine
+
+
+# --- limits ---
+
+
+def test_the_limits_fit_a_quarter_of_an_hour():
+    assert sum(step.first for step in gpu_steps.STEPS) <= 360
+    assert sum(step.again for step in gpu_steps.STEPS) <= 240
+
+
+def test_few_files_come_back():
+    assert len({*gpu_steps.FILES, "summary.md"}) <= 8
+    assert all("/" not in name for name in gpu_steps.FILES)
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_command_ends_at_the_deadline_with_all_that_it_started(machine, tmp_path, interrupt):
+    log = tmp_path / "log"
+    code = "import subprocess, sys; print('begun', flush=True); "
+    code += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(3); print(1 + 1)'])"
+    start = time.monotonic()
+    machine.deadline = start + 1
+    with pytest.raises(Stopped):
+        machine.run([sys.executable, "-c", code], log, interrupt)
+    assert time.monotonic() - start < 2.5
+    time.sleep(3)
+    printed = log.read_text().splitlines()
+    assert printed[1] == "begun" and "2" not in printed
+
+
+def test_a_command_that_ends_in_time(machine, tmp_path):
+    assert machine.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == 3
+
+
+# --- verdicts ---
+
+
+def good(machine):
+    return Result("fine", "details of it")
+
+
+def partial(machine):
+    return Result("2 of 3", complete=False)
+
+
+def absent(machine):
+    raise NotRun("there is no such tool")
+
+
+def bad(machine):
+    raise Failed("1 wrong", "| which |")
+
+
+def slow(machine):
+    raise Stopped
+
+
+def broken(machine):
+    return 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([Step(good, 1, 1)], "Passed"),
+        ([Step(good, 1, 1), Step(partial, 1, 1)], "Passed; partial passed as far as the time went"),
+        ([Step(good, 1, 1), Step(absent, 1, 1, required=False)], "Passed; absent did not run"),
+        ([Step(good, 1, 1), Step(absent, 1, 1)], "FAILED; absent did not run"),
+        ([Step(bad, 1, 1), Step(slow, 1, 1), Step(good, 1, 1)], "FAILED; bad, slow failed"),
+        ([Step(broken, 1, 1), Step(good, 1, 1)], "FAILED; broken failed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_verdicts(machine, steps, expected):
+    done = list(gpu_check.outcomes(steps, machine, again=False))
+    assert gpu_check.verdict(done) == expected
+    summary = gpu_check.summary(done, None)
+    for outcome in done:
+        assert outcome.verdict in summary and outcome.details in summary
+    assert ("ZeroDivisionError" in summary) == (steps[0].run is broken)
+
+
+def test_a_second_run_leaves_steps_out(machine):
+    first, second = (list(gpu_check.outcomes([Step(good, 1, 0)], machine, again)) for again in (False, True))
+    assert (first[0].verdict, second[0].verdict) == ("passed", "NOT RUN")
+    assert gpu_check.verdict(second) == "Passed; good did not run"
+
+
+def test_without_a_gpu_nothing_passes(tmp_path):
+    """The script itself, with a wheel that holds nothing."""
+    wheel = tmp_path / "nothing-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("nothing-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: nothing\nVersion: 1\n")
+        archive.writestr("nothing-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("nothing-1.dist-info/RECORD", "")
+    done = subprocess.run(
+        [sys.executable, TOP / "scripts" / "gpu_check", "--wheel", wheel, "--out", tmp_path / "out"],
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "= 360 s" in done.stdout
+    assert done.stdout.count("NOT RUN: ") == len(gpu_steps.STEPS)
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "FAILED" in summary and "passed" not in summary
+
+
+# --- what the steps read ---
+
+
+def report(mode, check, wrong=(), error=1e-3):
+    return json.dumps({"mode": mode, **check._asdict(), "wrong": list(wrong), "error": error}) + "\n"
+
+
+def reports(modes=gpu_smoke.MODES, names=None, **replaced):
+    checks = [check for check in gpu_smoke.CHECKS if names is None or check.case in names]
+    return "".join(report(mode, check) for mode in modes for check in checks)
+
+
+def test_smoke_passes(machine):
+    result = gpu_steps.smoke(printing(machine, reports()))
+    assert result.complete and result.text == "40 of 40 checks passed"
+    assert "1.0e-03" in result.details and "not run" not in result.details
+
+
+def test_smoke_names_what_is_wrong(machine):
+    lines = reports().splitlines(keepends=True)
+    lines[3] = report("float64", gpu_smoke.CHECKS[3], ["grad_x is off by 1.0e+00"])
+    with pytest.raises(Failed) as failure:
+        gpu_steps.smoke(printing(machine, "".join(lines), 1))
+    text, details = failure.value.args
+    assert text == "39 of 40 checks passed, 1 wrong"
+    assert "- tiles, deterministic, float64: grad_x is off by 1.0e+00" in details and "WRONG" in details
+
+
+def test_smoke_that_is_cut_short_has_not_passed(machine):
+    with pytest.raises(Failed) as failure:
+        gpu_steps.smoke(printing(machine, reports(modes=("float64",)), Stopped))
+    text, details = failure.value.args
+    assert text == "8 of 40 checks passed, the others were not run: the time was over" and "not run" in details
+
+
+SUMS = "========= ERROR SUMMARY: 0 errors\n" * 5
+SANITIZED = reports(names=("tiles", "padded", "small_groups"))
+
+
+def test_memcheck_passes(machine):
+    result = gpu_steps.memcheck(printing(machine, SANITIZED + SUMS))
+    assert result == Result("no fault in 30 checks")
+    assert gpu_steps.racecheck(
+        printing(
+            machine,
+            reports(("tf32", "bfloat16"), ("tiles", "small_groups"))
+            + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n" * 2,
+        )
+    ) == Result("no fault in 8 checks")
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n" + SUMS, 0, "1 faults found"),
+        (SANITIZED + SUMS.replace(" 0 errors", " 2 errors", 1), 0, "2 faults found"),
+        (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n", Stopped, "1 faults found"),
+        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1) + SUMS, 1, "0 faults found in 30 of 30"),
+        (SANITIZED, 0, "has summed up 0 of 5 processes"),
+    ],
+)
+def test_memcheck_fails(machine, text, status, message):
+    with pytest.raises(Failed, match=message):
+        gpu_steps.memcheck(printing(machine, text, status))
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        (SANITIZED + "========= Error: Device not supported. Please refer\n" + SUMS, 0, "does not support"),
+        ("", Stopped, "no check ended"),
+        ("compute-sanitizer: command not found\n", 1, "command not found"),
+    ],
+)
+def test_memcheck_did_not_run(machine, text, status, message):
+    with pytest.raises(NotRun, match=message):
+        gpu_steps.memcheck(printing(machine, text, status))
+
+
+def test_memcheck_that_is_cut_short_passes_in_part(machine):
+    result = gpu_steps.memcheck(printing(machine, reports(("tf32",), ("tiles",)), Stopped))
+    assert result == Result("no fault in 2 of 30 checks", complete=False)
+
+
+def test_there_is_no_sanitizer(machine, monkeypatch):
+    machine.variables["PATH"] = ""
+    with pytest.raises(NotRun, match="there is no compute-sanitizer"):
+        gpu_steps.memcheck(machine)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "complete"),
+    [
+        ("12 passed, 3 skipped in 2.31s\n", 0, True),
+        ("!!! KeyboardInterrupt !!!\n==== 12 passed, 3 skipped in 70.3s (0:01:10) ====\n", Stopped, False),
+    ],
+)
+def test_tests_pass(machine, text, status, complete):
+    result = gpu_steps.tests(ending(machine, text, status))
+    assert (result.text, result.complete) == ("12 passed, 3 skipped", complete)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        ("FAILED tests/test_numbers.py::test - assert\n1 failed, 11 passed in 2s\n", 1, "1 failed, 11 passed"),
+        ("FAILED tests/test_numbers.py::test - assert\n1 failed, 11 passed in 2s\n", Stopped, "1 failed, 11 passed"),
+        ("12 passed in 2s\n", 3, "12 passed"),
+        ("bringing up nodes...\n", Stopped, "no test ended: bringing up nodes"),
+    ],
+)
+def test_tests_fail(machine, text, status, message):
+    with pytest.raises(Failed, match=message):
+        gpu_steps.tests(ending(machine, text, status))
+
+
+def ending(machine, text, status):
+    """A machine that has pytest, which ends so."""
+    run = printing(machine, text, status).run
+    machine.run = lambda command, log, **options: 0 if "import" in command[2] else run(command, log, **options)
+    return machine
+
+
+CSV = """==PROF== Connected to process 7
+"ID","Kernel Name","gpu__time_duration.sum","lts__t_bytes.sum"
+"","","nsecond","byte"
+"0","void jax_dcn::cuda::ForwardKernel<jax_dcn::cuda::BFloat16>(Problem)","1,234,567","3,000,000,000"
+"1","void jax_dcn::cuda::GradSamplesKernel<float>(Problem)","2,000,000","9,000,000,000"
+"""
+
+
+def profiled(machine, *outputs):
+    """A machine whose ncu writes these into its log file, in turn."""
+    outputs = iter(outputs)
+    asked = []
+
+    def run(command, log, **options):
+        Path(command[command.index("--log-file") + 1]).write_text(next(outputs))
+        asked.append(command[command.index("--metrics") + 1])
+        log.write_text("")
+        return 0
+
+    machine.run, machine.tool = run, lambda name: name
+    return asked
+
+
+def test_counters(machine):
+    profiled(machine, CSV)
+    result = gpu_steps.ncu(machine)
+    assert result.text == "launches profiled: 2"
+    rows = [line.split("|")[1:-1] for line in result.details.splitlines()]
+    assert [[cell.strip() for cell in row] for row in rows if "-" not in row[0]] == [
+        ["", "Forward", "GradSamples"],
+        ["ms", "1.23", "2"],
+        ["L2, GB", "3", "9"],
+    ]
+
+
+def test_counters_that_this_gpu_lacks_are_left_out(machine):
+    asked = profiled(machine, "==ERROR== Failed to find metric regex:^dram__bytes(\\.|$)\n", CSV)
+    assert gpu_steps.ncu(machine).text == "launches profiled: 2"
+    assert "dram__bytes.sum" in asked[0] and "dram__bytes.sum" not in asked[1]
+    assert len(asked[1].split(",")) == len(gpu_steps.METRICS) - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("==ERROR== ERR_NVGPUCTRPERM - The user\n", "ERR_NVGPUCTRPERM"), ("==WARNING== No kernels\n", "no kernels")],
+)
+def test_counters_are_missing(machine, text, message):
+    profiled(machine, text)
+    with pytest.raises(NotRun, match=message):
+        gpu_steps.ncu(machine)
+
+
+# --- the benchmark ---
+
+
+ENVIRONMENT = dict(
+    processor="a processor",
+    cores=16,
+    load_average=0.1,
+    commit="abc",
+    uncommitted_changes=False,
+    config=["jax_dcn 0"],
+    gpu="a GPU",
+    card="its name, its driver",
+    versions={"torch": "2"},
+)
+
+
+def measurement(competitor, build="this", **more):
+    entry = dict(case="r50_c4", batch=16, direction="both", mode="bfloat16", competitor=competitor, build=build)
+    return entry | more
+
+
+def benchmark_report(*more):
+    import gpu
+
+    measurements = [
+        measurement(gpu.OWN, milliseconds=[2.0, 2.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        measurement(gpu.OWN, build="baseline", milliseconds=[4.0, 4.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        measurement("plain convolution", milliseconds=[1.0, 1.0], host_milliseconds=[0.1, 0.1]),
+        measurement("torchvision", milliseconds=[8.0, 8.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        *more,
+    ]
+    builds = {"this": ENVIRONMENT, "baseline": ENVIRONMENT}
+    return {"few_tiles": True, "left_out": [], "measurements": measurements, "builds": builds}
+
+
+def test_the_page_of_the_benchmark():
+    import gpu
+
+    page = gpu.page(benchmark_report())
+    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|")
+    found = dict(zip(header, row, strict=True))
+    assert found["jax_dcn, ms"] == "2" and found["host, ms"] == "0.1"
+    assert (found["/ conv"], found["/ baseline"], found["/ torchvision"]) == ("2.00", "0.50", "0.25")
+    for text in ("its name, its driver", "commit abc", "torch 2"):
+        assert text in page
+
+
+def benchmarked(machine, report, status):
+    import gpu
+
+    def run(command, log, **options):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        gpu.write(folder, report)
+        if status is Stopped:
+            raise Stopped
+        return status
+
+    machine.run = run
+    return machine
+
+
+def test_what_was_measured_before_the_time_was_over_counts(machine):
+    result = gpu_steps.headline(benchmarked(machine, benchmark_report(), Stopped))
+    assert result.text == "4 measured" and not result.complete
+    assert json.loads((machine.out / "headline.json").read_text()) == benchmark_report()
+
+
+def test_wrong_numbers_of_ours_fail_and_others_do_not(machine):
+    import gpu
+
+    others = benchmark_report(measurement("torchvision", mode="float16", failure="ValueError: is off"))
+    assert gpu_steps.cases(benchmarked(machine, others, 0)).complete
+    ours = benchmark_report(measurement(gpu.OWN, mode="float16", failure="ValueError: is off"))
+    with pytest.raises(Failed, match="1 of jax_dcn's failed"):
+        gpu_steps.headline(benchmarked(machine, ours, 1))
+
+
+def test_half_coordinates():
+    """torchvision's float16: the regular part and the offset are rounded, and so is their sum."""
+    import gpu_runs
+
+    case = gpu_runs.Case("", 2, 4, 4, 9, 70, True, kernel=3, stride=2, padding=2, dilation=3, deform_groups=2)
+    operands = case.operands()
+    changed = gpu_runs.half_coordinates(case, operands)
+    h_out, w_out = case.output_size
+    both = [a["offset"].reshape(2, h_out, w_out, 2, 3, 3, 2) for a in (operands, changed)]
+    rng = np.random.default_rng(0)
+    for n, row, column, g, i, j in zip(*(rng.integers(0, size, 50) for size in both[0].shape[:-1]), strict=True):
+        for axis, regular in enumerate((row * 2 - 2 + i * 3, column * 2 - 2 + j * 3)):
+            offset, instead = (float(a[n, row, column, g, i, j, axis]) for a in both)
+            assert np.float32(regular + instead) == np.float16(np.float16(regular) + np.float16(offset))
+    assert changed["mask"].dtype == np.float32 and np.array_equal(changed["x"], operands["x"])
