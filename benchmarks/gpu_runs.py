@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import subprocess
@@ -43,11 +44,22 @@ MEASURE, L2_BYTES, CACHES, MIN_SETS, MAX_SETS = 0.02, 64 * 2**20, 3, 2, 24
 DeviceArrays = dict[str, jax.Array]
 
 
+class Operands:
+    """With grad_y, in both formats."""
+
+    def __init__(self, nhwc: Arrays):
+        self.nhwc = nhwc
+
+    @functools.cached_property
+    def nchw(self) -> Arrays:
+        return to_nchw(self.nhwc)
+
+
 class Problem(NamedTuple):
     case: Case
     backward: bool  # y and the gradients of all operands, else y alone
     mode: str
-    operands: Arrays  # NHWC, with grad_y
+    operands: Operands
     sets: int
     few_tiles: bool = False  # deformops tries some of its tiles only
 
@@ -80,7 +92,7 @@ def jax_run(
 ) -> Run:
     """`function` of the operands with these names, once per set in one compiled program."""
     dtype = MODES[problem.mode]
-    arrays = to_nchw(problem.operands) if nchw else problem.operands
+    arrays = problem.operands.nchw if nchw else problem.operands.nhwc
     first = {name: jnp.asarray(arrays[name], "float32" if name in WIDE else dtype) for name in (*names, "grad_y")}
     sets = [first] + [jax.tree.map(jnp.copy, first) for _ in range(problem.sets - 1)]
     compiled = jax_program(function, problem, sets, options)
@@ -106,7 +118,7 @@ def deformable(problem: Problem, data_format: str) -> Callable[..., jax.Array]:
 
 
 def jax_dcn_run(problem: Problem, data_format: str = "NHWC", **options: Any) -> Run:
-    names = [name for name in problem.operands if name != "grad_y"]
+    names = [name for name in problem.operands.nhwc if name != "grad_y"]
     return jax_run(deformable(problem, data_format), problem, names, data_format == "NCHW", **options)
 
 
@@ -163,7 +175,7 @@ def torch_run(
             array = array.permute(2, 3, 1, 0)
         elif nchw:
             array = array.permute(0, 2, 3, 1)
-        shape = problem.operands["grad_y" if name == "y" else name].shape
+        shape = problem.operands.nhwc["grad_y" if name == "y" else name].shape
         return jnp.asarray(array.float().contiguous().cpu().numpy()).reshape(shape)
 
     results = {name: to_jax(name, array) for name, array in one(sets[0]).items()}
@@ -182,7 +194,7 @@ def torchvision_run(problem: Problem) -> Run:
         sizes = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
         return deform_conv2d(operands["x"], operands["offset"], operands["weight"], mask=operands.get("mask"), **sizes)
 
-    return torch_run(function, problem, to_nchw(problem.operands), lambda _: MODES[problem.mode], nchw=True)
+    return torch_run(function, problem, problem.operands.nchw, lambda _: MODES[problem.mode], nchw=True)
 
 
 def half_coordinates(case: Case, operands: Arrays) -> Arrays:
@@ -213,9 +225,9 @@ def deformops_run(problem: Problem) -> Run:
 
     if problem.few_tiles:
         keep_few_tiles()
-    case, arrays = problem.case, dict(problem.operands)
+    case, arrays = problem.case, dict(problem.operands.nhwc)
     taps, (h_out, w_out) = case.kernel**2, case.output_size
-    arrays["weight"] = to_nchw({"weight": arrays["weight"]})["weight"]
+    arrays["weight"] = problem.operands.nchw["weight"]
     arrays["offset"] = arrays["offset"].reshape(-1, h_out, w_out, case.deform_groups, taps, 2)
     if "mask" in arrays:
         arrays["mask"] = arrays["mask"].reshape(-1, h_out, w_out, case.deform_groups, taps)
@@ -352,7 +364,7 @@ class Measurer:
             return
         self.at_hand = None  # until everything has been made
         self.name, self.case = name, dataclasses.replace(CASES[name], batch=batch)
-        self.operands = self.case.operands()
+        self.operands = Operands(self.case.operands())
         self.references: dict[bool, DeviceArrays] = {}
         self.reference_program = None
         self.at_hand = (name, batch)
@@ -360,9 +372,9 @@ class Measurer:
     def reference(self, half: bool) -> DeviceArrays:
         """y and all gradients by plain XLA in float32."""
         if half not in self.references:
-            operands = half_coordinates(self.case, self.operands) if half else self.operands
-            problem = Problem(self.case, True, "float32", operands, 1)
-            sets = [{name: jnp.asarray(array) for name, array in operands.items()}]
+            arrays = half_coordinates(self.case, self.operands.nhwc) if half else self.operands.nhwc
+            problem = Problem(self.case, True, "float32", Operands(arrays), 1)
+            sets = [{name: jnp.asarray(array) for name, array in arrays.items()}]
             if self.reference_program is None:
                 os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"  # read when traced
                 options = {"xla_gpu_autotune_level": 0}
@@ -375,7 +387,7 @@ class Measurer:
         """One entry for each competitor that has this mode: what is said of it, and perhaps why it is not measured."""
         self.runs = []
         self.take_up(name, batch)
-        set_bytes = sum(array.nbytes for array in self.operands.values())
+        set_bytes = sum(array.nbytes for array in self.operands.nhwc.values())
         sets = min(MAX_SETS, max(MIN_SETS, -(-CACHES * L2_BYTES // set_bytes)))
         entries = []
         for competitor in competitors:

@@ -95,10 +95,10 @@ def lowered(name: str, arrays: dict[str, Any], cotangent: Any, implementation: s
     return function.lower(arrays, cotangent)
 
 
-def results(program: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+def results(compiled: Any, *arguments: Any) -> dict[str, Any]:
     import numpy as np
 
-    return {key: np.asarray(value, np.float64) for key, value in program.compile(options)(*arguments).items()}
+    return {key: np.asarray(value, np.float64) for key, value in compiled(*arguments).items()}
 
 
 def expected(name: str, mode: str, pool: concurrent.futures.Executor) -> concurrent.futures.Future:
@@ -111,7 +111,8 @@ def expected(name: str, mode: str, pool: concurrent.futures.Executor) -> concurr
     # Compiling takes most of the time.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     with jax.default_device(jax.devices("cpu")[0]):
-        return pool.submit(results, lowered(name, arrays, cotangent, "xla"), arrays, cotangent, **options)
+        program = lowered(name, arrays, cotangent, "xla")
+    return pool.submit(lambda: results(program.compile(options), arrays, cotangent))
 
 
 def run(mode: str, check: Check, exact: concurrent.futures.Future) -> dict[str, Any]:
@@ -124,8 +125,8 @@ def run(mode: str, check: Check, exact: concurrent.futures.Future) -> dict[str, 
     arguments = operands(check.case, mode)
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops={str(check.deterministic).lower()}"  # read when traced
     with jax.default_matmul_precision("default" if mode == "tf32" else "highest"):
-        program = lowered(check.case, *arguments, "native")
-    actual, *again = (results(program, *arguments) for _ in range(2 if check.deterministic else 1))
+        compiled = lowered(check.case, *arguments, "native").compile()
+    actual, *again = (results(compiled, *arguments) for _ in range(2 if check.deterministic else 1))
     errors = {
         key: np.abs(actual[key] - e).max(initial=0) / np.abs(e).max(initial=1) for key, e in exact.result().items()
     }

@@ -358,7 +358,7 @@ def ncu(machine: Machine) -> Result:
     code = (
         f"import sys, dataclasses; sys.path.insert(0, {str(TOP / 'benchmarks')!r}); import gpu_runs as g; "
         "case = dataclasses.replace(g.CASES['r50_c4'], batch=16); "
-        "problem = g.Problem(case, True, 'bfloat16', case.operands(), 1); "
+        "problem = g.Problem(case, True, 'bfloat16', g.Operands(case.operands()), 1); "
         "g.jax_dcn_run(problem, xla_gpu_enable_command_buffer='')"
     )
     metrics = list(METRICS)
@@ -415,12 +415,12 @@ class Step(NamedTuple):
 
 # In the order of their value.
 STEPS = (
-    Step(install, 20, 15),
-    Step(smoke, 45, 40),
+    Step(install, 40, 20),
+    Step(smoke, 45, 35),
     Step(headline, 75, 65),
-    Step(cases, 60, 30),
-    Step(tests, 75, 35),
-    Step(memcheck, 35, 25, required=False),
+    Step(cases, 50, 30),
+    Step(tests, 70, 35),
+    Step(memcheck, 30, 25, required=False),
     Step(racecheck, 20, 0, required=False),
     Step(ncu, 30, 30, required=False),
 )
