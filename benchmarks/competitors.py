@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Arrays, Case
 from jax import lax
+from workloads import Arrays, Case
 
 import jax_dcn
 

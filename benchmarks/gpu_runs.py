@@ -19,11 +19,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import CASES, Arrays, Case, to_nchw
 from jax import lax
 from report import environment
+from workloads import CASES, Arrays, Case, to_nchw
 
 import jax_dcn
+from jax_dcn import native
 
 # The dtype of x, weight and y, and what float32 products are made in. Offset and mask are float32, but torchvision's.
 MODES = {"tf32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
@@ -74,8 +75,14 @@ class Run(NamedTuple):
 
 
 def jax_program(
-    function: Callable[..., jax.Array], problem: Problem, sets: list[DeviceArrays], options: dict[str, Any]
+    function: Callable[..., jax.Array],
+    problem: Problem,
+    sets: list[DeviceArrays],
+    options: dict[str, Any],
+    kernels: bool = False,
 ) -> jax.stages.Compiled:
+    """The results of each set. `kernels`: the program must call those of jax_dcn, else it must not."""
+
     def one(operands: DeviceArrays) -> DeviceArrays:
         operands = dict(operands)
         grad_y = operands.pop("grad_y")
@@ -84,18 +91,26 @@ def jax_program(
         y, vjp = jax.vjp(lambda operands: function(**operands), operands)
         return {"y": y, **vjp(grad_y)[0]}
 
-    return jax.jit(lambda sets: [one(operands) for operands in sets]).lower(sets).compile(options)
+    compiled = jax.jit(lambda sets: [one(operands) for operands in sets]).lower(sets).compile(options)
+    if (native.DEFORM_CONV2D in compiled.as_text()) != kernels:
+        raise RuntimeError(f"the program {'does not call' if kernels else 'calls'} the kernels of jax_dcn")
+    return compiled
 
 
 def jax_run(
-    function: Callable[..., jax.Array], problem: Problem, names: list[str], nchw: bool = False, **options: Any
+    function: Callable[..., jax.Array],
+    problem: Problem,
+    names: list[str],
+    nchw: bool = False,
+    kernels: bool = False,
+    **options: Any,
 ) -> Run:
     """`function` of the operands with these names, once per set in one compiled program."""
     dtype = MODES[problem.mode]
     arrays = problem.operands.nchw if nchw else problem.operands.nhwc
     first = {name: jnp.asarray(arrays[name], "float32" if name in WIDE else dtype) for name in (*names, "grad_y")}
     sets = [first] + [jax.tree.map(jnp.copy, first) for _ in range(problem.sets - 1)]
-    compiled = jax_program(function, problem, sets, options)
+    compiled = jax_program(function, problem, sets, options, kernels)
     results = compiled(sets)[0]
     return Run(to_nhwc(results) if nchw else results, lambda: compiled(sets), jax.block_until_ready)
 
@@ -119,7 +134,8 @@ def deformable(problem: Problem, data_format: str) -> Callable[..., jax.Array]:
 
 def jax_dcn_run(problem: Problem, data_format: str = "NHWC", **options: Any) -> Run:
     names = [name for name in problem.operands.nhwc if name != "grad_y"]
-    return jax_run(deformable(problem, data_format), problem, names, data_format == "NCHW", **options)
+    nchw = data_format == "NCHW"
+    return jax_run(deformable(problem, data_format), problem, names, nchw, kernels=True, **options)
 
 
 def without_command_buffers_run(problem: Problem) -> Run:
@@ -315,21 +331,22 @@ def check(competitor: str, mode: str, actual: DeviceArrays, expected: DeviceArra
     return error
 
 
-class Times(NamedTuple):
-    """Seconds of one computation."""
+def stopwatch(run: Run, calls: int, sets: int) -> tuple[float, float]:
+    """The seconds of one computation, and those of the host: until the first call has returned, its work under way.
 
-    total: float
-    host: float  # until all calls have returned, with their work under way
-
-
-def stopwatch(run: Run, calls: int, sets: int) -> Times:
-    """`calls` calls are queued, and waited for once."""
+    All calls are queued, and waited for once; but for the first, JAX may have the host wait for the GPU, too.
+    """
     start = time.perf_counter()
-    for _ in range(calls):
-        pending = run.enqueue()
+    pending = run.enqueue()
     host = time.perf_counter() - start
+    for _ in range(calls - 1):
+        pending = run.enqueue()
     run.wait(pending)
-    return Times((time.perf_counter() - start) / calls / sets, host / calls / sets)
+    return (time.perf_counter() - start) / calls / sets, host / sets
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:400]}"
 
 
 class Measurer:
@@ -338,8 +355,8 @@ class Measurer:
     def __init__(self, few_tiles: bool):
         if jax.default_backend() != "gpu":
             raise SystemExit(f"no GPU: JAX runs on {jax.devices()}")
-        if jax_dcn.native.CUDA_MISSING is not None:
-            raise SystemExit(f"no CUDA kernels: {jax_dcn.native.CUDA_MISSING}")
+        if native.CUDA_MISSING is not None:
+            raise SystemExit(f"no CUDA kernels: {native.CUDA_MISSING}")
         self.few_tiles = few_tiles
         self.at_hand: tuple[str, int] | None = None
         self.runs: list[tuple[Run, int, int]] = []
@@ -349,7 +366,8 @@ class Measurer:
         query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
         command, card = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], "no nvidia-smi"
         with contextlib.suppress(OSError):
-            card = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            card = (done.stdout or done.stderr).strip()
         packages = ("jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "torchvision", "triton", "deformops")
         versions = {package: version for package in packages if (version := installed(package))}
         return environment() | {
@@ -377,9 +395,11 @@ class Measurer:
             sets = [{name: jnp.asarray(array) for name, array in arrays.items()}]
             if self.reference_program is None:
                 os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"  # read when traced
-                options = {"xla_gpu_autotune_level": 0}
-                self.reference_program = jax_program(deformable(problem, "NHWC"), problem, sets, options)
-                del os.environ["JAX_DCN_IMPLEMENTATION"]
+                try:
+                    options = {"xla_gpu_autotune_level": 0}
+                    self.reference_program = jax_program(deformable(problem, "NHWC"), problem, sets, options)
+                finally:
+                    del os.environ["JAX_DCN_IMPLEMENTATION"]
             self.references[half] = self.reference_program(sets)[0]
         return self.references[half]
 
@@ -404,17 +424,24 @@ class Measurer:
                     expected = {name: array for name, array in expected.items() if backward or name == "y"}
                     entry["error"] = check(competitor, mode, run.results, expected)
                 stopwatch(run, 1, sets)
-                calls = max(1, round(MEASURE / sets / stopwatch(run, 1, sets).total))
+                calls = max(1, round(MEASURE / sets / stopwatch(run, 1, sets)[0]))
                 entry["position"] = len(self.runs)
                 self.runs.append((run._replace(results=None), calls, sets))
             except Exception as error:  # the others still count
-                entry["failure"] = f"{type(error).__name__}: {str(error)[:400]}"
+                entry["failure"] = described(error)
                 print(f"{self.name}, {competitor}, {mode}: {entry['failure']}", file=sys.stderr, flush=True)
         return entries
 
-    def round(self) -> list[Times]:
-        """The times of those that were prepared, by their position."""
-        return [stopwatch(*run) for run in self.runs]
+    def round(self) -> list[tuple[float, float] | str]:
+        """The times of those that were prepared, by their position, or what went wrong."""
+
+        def timed(run: Run, calls: int, sets: int) -> tuple[float, float] | str:
+            try:
+                return stopwatch(run, calls, sets)
+            except Exception as error:  # the others still count
+                return described(error)
+
+        return [timed(*run) for run in self.runs]
 
     def usable(self) -> bool:
         """Whether the process can still compute: after some errors of CUDA it cannot."""

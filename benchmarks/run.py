@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import CASES, Arrays, to_nchw, to_nhwc
 from chart import draw
 from competitors import BOTH, COMPETITORS, REFERENCE, Problem, Run, imported
 from report import caption, cores, environment, markdown, paired_ratio, write_json
+from workloads import CASES, Arrays, to_nchw, to_nhwc
 
 from jax_dcn import native
 

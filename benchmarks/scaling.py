@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Case, to_nchw
 from competitors import Problem, Run, jax_dcn_run
 from report import caption, cores, environment, markdown, paired_ratio, write_json
+from workloads import Case, to_nchw
 
 import jax_dcn
 

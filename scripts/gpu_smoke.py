@@ -173,22 +173,27 @@ def supervised(mode: str, checks: list[Check], under: list[str]) -> list[dict[st
     done = []
     while checks:
         command = [*under, sys.executable, __file__, "--process", mode, *map("-".join, names(checks))]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
         before, last = len(checks), ""
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if line.startswith("{"):
-                done.append(json.loads(line))
-                checks = checks[1:]
-            elif line.strip():
-                last = line.strip()
-        if process.wait() != 0 and len(checks) == before:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if report := to_report(line):
+                    done.append(report)
+                    checks = checks[1:]
+                elif line.strip():
+                    last = line.strip()
+        if len(checks) == before:
             report = {"mode": mode, **checks[0]._asdict(), "wrong": [f"exit status {process.returncode}: {last}"]}
             print(json.dumps(report), flush=True)
             done.append(report)
             checks = checks[1:]
     return done
+
+
+def to_report(line: str) -> dict[str, Any] | None:
+    """What a line of the output reports; others' lines come between."""
+    return json.loads(line) if line.startswith('{"mode"') else None
 
 
 def names(checks: list[Check]) -> list[tuple[str, ...]]:

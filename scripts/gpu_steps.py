@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from gpu_smoke import CHECKS, MODES
+from gpu import own_failures
+from gpu_smoke import CHECKS, MODES, to_report
 from report import markdown
 
 TOP = Path(__file__).resolve().parents[1]
@@ -45,7 +46,11 @@ HOST_TESTS = (
 # Tests that compile large programs or very many, which takes minutes on GPUs.
 SLOW_TESTS = ("test_models", "test_examples", "test_random")
 
-SANITIZER = "compute-sanitizer --tool {tool} --kernel-name kns=jax_dcn --error-exitcode 9 --print-limit 20"
+# Of our kernels alone, and of no call of CUDA's API, of which XLA makes some that may fail.
+SANITIZER = (
+    "compute-sanitizer --tool {tool} --kernel-name kns=jax_dcn --report-api-errors no --error-exitcode 9 "
+    "--print-limit 20"
+)
 
 # Nsight Compute's names, and ours with a factor.
 METRICS = {
@@ -105,17 +110,14 @@ class Machine:
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")])),
-            "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]),
+            "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/usr/local/nvidia/bin"]),
         }
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def run(self, command: list[Any], log: Path, interrupt: bool = False, **variables: str) -> int:
-        """The exit status of a command, whose output is appended to `log`, or Stopped at the step's deadline.
-
-        `interrupt`: it is asked to end some seconds before, so that it can report.
-        """
+    def run(self, command: list[Any], log: Path, **variables: str) -> int:
+        """The exit status of a command, whose output is appended to `log`, or Stopped at the step's deadline."""
         with open(log, "a") as output:
             print(f"$ {shlex.join(map(str, command))}", file=output, flush=True)
             process = subprocess.Popen(
@@ -124,18 +126,11 @@ class Machine:
                 stderr=subprocess.STDOUT,
                 cwd=self.scratch,  # where Python does not find the sources, which have no native modules
                 env={**self.variables, **variables},
-                start_new_session=True,
+                process_group=0,
             )
-        grace = min(10.0, self.left() / 4) if interrupt else 0
         try:
-            return process.wait(max(0, self.left() - grace))
+            return process.wait(max(0, self.left()))
         except subprocess.TimeoutExpired:
-            if interrupt:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(grace)
-                except subprocess.TimeoutExpired:
-                    pass
             raise Stopped from None
         finally:
             try:
@@ -173,20 +168,32 @@ def install(machine: Machine) -> Result:
         installed = machine.run([*pip, machine.baseline, arguments.baseline], log)
     if installed != 0:
         raise Failed(f"pip: {tail(log)}")
-    describe = (
+    machine.environment, text = describe(machine, log), "commit unknown"
+    if machine.environment is not None:
+        text = f"commit {machine.environment['commit'][:12]}"
+    return Result(text)
+
+
+def describe(machine: Machine, log: Path) -> dict[str, Any] | None:
+    """The environment, as the benchmark has it. None if there was no time for it, which is no reason to end here."""
+    found = machine.scratch / "environment.json"
+    code = (
         f"import sys, json; sys.path.insert(0, {str(TOP / 'benchmarks')!r}); import gpu_runs; "
-        "print(json.dumps(gpu_runs.Measurer(False).environment()))"
+        f"json.dump(gpu_runs.Measurer(False).environment(), open({str(found)!r}, 'w'))"
     )
-    if machine.run([machine.python, "-c", describe], log) != 0:
-        reason = tail(log, 1)
-        raise NotRun(reason) if re.search("no GPU|backend|cuInit", reason) else Failed(tail(log))
-    machine.environment = json.loads(tail(log, 1))
-    return Result(f"commit {machine.environment['commit'][:12]}")
+    try:
+        machine.run([machine.python, "-c", code], log)
+    except Stopped:
+        return None
+    if found.exists():
+        return json.loads(found.read_text())
+    said = tail(log, 1)
+    raise NotRun(said) if re.search("no GPU|Unable to initialize backend", said) else Failed(tail(log))
 
 
 def smoke_reports(log: Path) -> list[dict[str, Any]]:
     lines = log.read_text(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.startswith('{"mode"')]
+    return [report for line in lines if (report := to_report(line))]
 
 
 def smoke(machine: Machine) -> Result:
@@ -235,7 +242,7 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
     command = [machine.python, TOP / "benchmarks" / "gpu.py", "--site", machine.site, "--out", folder]
     status = None
     try:
-        status = machine.run([*command, *arguments, "--few-tiles", "--seconds", f"{seconds:.0f}"], log)
+        status = machine.run([*command, *arguments, "--seconds", f"{seconds:.0f}"], log)
     except Stopped:
         pass
     if not (folder / "results.json").exists():
@@ -245,13 +252,17 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
     page = (folder / "table.md").read_text()
     page = page[page.index("Medians of") :]  # without the environment, which the summary has
     measured = [m for m in report["measurements"] if "milliseconds" in m]
-    failures = [m for m in report["measurements"] if "failure" in m and m["competitor"].startswith("jax_dcn")]
+    failures = own_failures(report)
     text = f"{len(measured)} measured" + f", {len(report['left_out'])} left out" * bool(report["left_out"])
     if failures:
         raise Failed(f"{text}, {len(failures)} of jax_dcn's failed", page)
-    if status:
-        raise Failed(f"exit status {status}", page)
-    return Result(text, page, complete=status is not None and not report["left_out"])
+    if status is None:  # long after it should have begun nothing more
+        raise Failed(f"{text}, stopped in {report['under_way']}", page)
+    if status != 0:
+        raise Failed(f"{text}, exit status {status}", page)
+    if not measured:
+        raise NotRun("the time was over before anything was measured")
+    return Result(text, page, complete=not report["left_out"])
 
 
 def headline(machine: Machine) -> Result:
@@ -263,10 +274,10 @@ def headline(machine: Machine) -> Result:
 
 
 def cases(machine: Machine) -> Result:
-    """The other cases in bfloat16, one image first, for the host's share; as many as fit. deformops where it is."""
-    listed = "r50_c4@1,edvr_m,x101,dekr,train,r50_c3,bevdepth,r50_c5,basicvsrpp,r50_c4_s2,r50_c4"
+    """The other cases in bfloat16, one image first, for the host's share; as many as fit."""
+    listed = "r50_c4@1,edvr_m,x101,dekr,train,r50_c3,bevdepth,r50_c5,basicvsrpp,r50_c4_s2"
     options = ["--cases", listed, "--batches", "16", "--modes", "bfloat16"]
-    options += ["--alternatives", "plain convolution,deformops"]
+    options += ["--alternatives", "plain convolution"]
     return benchmark(machine, "cases", *options, seconds=machine.left() - 15)
 
 
@@ -274,7 +285,7 @@ def tests(machine: Machine) -> Result:
     """The tests on the kernels, but those about the host and the slow ones; as many as fit."""
     log = machine.out / "tests.txt"
     command = [machine.python, "-m", "pytest", TOP / "tests", "-c", TOP / "pyproject.toml", "--rootdir", TOP]
-    command += ["-o", f"cache_dir={machine.scratch / 'cache'}", "-p", "no:benchmark", "-q", "-k", "not xla"]
+    command += ["-o", f"cache_dir={machine.scratch / 'cache'}", "-p", "no:benchmark", "-v", "-k", "not xla"]
     command += ["--durations", "15"]
     for name in ("cuda", *(f"{name}.py" for name in (*HOST_TESTS, *SLOW_TESTS))):
         command += ["--ignore", TOP / "tests" / name]
@@ -288,20 +299,28 @@ def tests(machine: Machine) -> Result:
     options["JAX_DCN_ALLOWED_SKIPS"] = "processor|import"
     status = None
     try:
-        status = machine.run(command, log, interrupt=True, **options)
+        status = machine.run(command, log, **options)
     except Stopped:
         pass
-    text = log.read_text(errors="replace")
-    counts = re.findall(r"^=* ?((?:\d+ \w+,? ?)+) in [\d.]+s", text, re.MULTILINE)
-    failures = [line for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    details = "\n".join(
-        ["Left out: " + ", ".join((*HOST_TESTS, *SLOW_TESTS)) + ".", *(f"- {line}" for line in failures)]
-    )
-    if not counts:
-        raise Failed(f"no test ended: {tail(log, 1)}", details)
-    if failures or status:
-        raise Failed(counts[-1].strip(), details)
-    return Result(counts[-1].strip(), details, complete=status is not None)
+    outcomes = test_outcomes(log.read_text(errors="replace"))
+    counts = {verdict: list(outcomes.values()).count(verdict) for verdict in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    text = ", ".join(f"{count} {verdict.lower()}" for verdict, count in counts.items() if count)
+    wrong = [f"- {verdict} {name}" for name, verdict in outcomes.items() if verdict in ("FAILED", "ERROR")]
+    left_out = f"Left out: {', '.join((*HOST_TESTS, *SLOW_TESTS))}, and tests of the plain-XLA form."
+    details = "\n".join([left_out, *wrong])
+    if wrong or status:
+        raise Failed(text or tail(log, 3), details)
+    if not outcomes:
+        raise NotRun(f"no test ended: {tail(log, 1)}")
+    return Result(text, details, complete=status is not None)
+
+
+def test_outcomes(text: str) -> dict[str, str]:
+    """What pytest -v says of each test as it goes, with pytest-xdist or without."""
+    verdict = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+    parallel = re.findall(rf"^\[gw\d+\] \[ *\d+%\] {verdict} (\S+::.*?) *$", text, re.MULTILINE)
+    serial = re.findall(rf"^(\S+::.*?) {verdict} .*\[ *\d+%\]$", text, re.MULTILINE)
+    return {name: verdict for verdict, name in parallel} | dict(serial)
 
 
 def sanitize(machine: Machine, tool: str, modes: tuple[str, ...], names: tuple[str, ...]) -> Result:
@@ -325,20 +344,19 @@ def sanitize(machine: Machine, tool: str, modes: tuple[str, ...], names: tuple[s
     if "Device not supported" in text:
         raise NotRun("compute-sanitizer does not support this machine")
     reports = smoke_reports(part)
-    findings = [
-        line for line in text.splitlines() if re.match(r"=+ (Invalid|Error: Race|Warning: Race|Program hit)", line)
-    ]
+    wanted = [(mode, *check) for mode in modes for check in CHECKS if check.case in names]
+    findings = [line for line in text.splitlines() if re.match(r"=+ (Invalid|Error: Race|Warning: Race)", line)]
     sums = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     faults = max(len(findings), sum(int(a or b) for a, b in sums))
-    wanted = [(mode, *check) for mode in modes for check in CHECKS if check.case in names]
-    if faults or any(report["wrong"] for report in reports):
+    if faults:
         raise Failed(f"{faults} faults found in {len(reports)} of {len(wanted)} checks", "\n".join(findings[:20]))
-    if stopped or not reports:
-        if not reports:
-            raise NotRun("no check ended before the time was over" if stopped else tail(part, 1))
+    if not reports:
+        raise NotRun("no check ended before the time was over" if stopped else tail(part, 1))
+    if stopped and not any(report["wrong"] for report in reports):
         return Result(f"no fault in {len(reports)} of {len(wanted)} checks", complete=False)
+    result = judged(reports, wanted, stopped, part)
     if len(sums) < len(modes):
-        raise Failed(f"compute-sanitizer has summed up {len(sums)} of {len(modes)} processes")
+        raise Failed(f"compute-sanitizer has summed up {len(sums)} of {len(modes)} processes", result.details)
     return Result(f"no fault in {len(reports)} checks")
 
 
@@ -376,10 +394,11 @@ def ncu(machine: Machine) -> Result:
             file.write(text)
         if "ERR_NVGPUCTRPERM" in text:
             raise NotRun("the driver keeps the counters from this user (ERR_NVGPUCTRPERM)")
-        unknown = re.search(r"Failed to find metric (?:regex:\^?)?([\w.]+)", text + tail(log))
-        if unknown is None:
+        unknown = set(re.findall(r"Failed to find metric (?:regex:\^?)?(\w+)", text + tail(log)))
+        known = [metric for metric in metrics if metric.split(".")[0] not in unknown]
+        if known == metrics:
             break
-        metrics = [metric for metric in metrics if not metric.startswith(unknown[1].split(".")[0])]
+        metrics = known
     rows = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))[1:]  # the first has units
     if not rows:
         raise NotRun(f"no kernels were profiled: {tail(log, 1)}")

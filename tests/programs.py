@@ -19,6 +19,8 @@ class Thunks:
             (self.other_kinds if buffer is None else self.captured_kinds).append(kind)
             if kind == "kCommandBuffer" and buffer is None:
                 buffer = len(indent)
+        if not self.kinds():
+            raise ValueError(f"these are no thunks: {text!r}")
 
     @classmethod
     def dumped_to(cls, folder: Path, module: str = "*") -> Thunks:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -40,7 +41,7 @@ def machine(tmp_path, monkeypatch):
 def printing(machine, text, status=0):
     """A Machine.run of commands that print this. An exception for a status is raised."""
 
-    def run(command, log, interrupt=False, **variables):
+    def run(command, log, **variables):
         with open(log, "a") as file:
             file.write(text)
         if status is Stopped:
@@ -65,15 +66,14 @@ def test_few_files_come_back():
     assert all("/" not in name for name in gpu_steps.FILES)
 
 
-@pytest.mark.parametrize("interrupt", [False, True])
-def test_a_command_ends_at_the_deadline_with_all_that_it_started(machine, tmp_path, interrupt):
+def test_a_command_ends_at_the_deadline_with_all_that_it_started(machine, tmp_path):
     log = tmp_path / "log"
     code = "import subprocess, sys; print('begun', flush=True); "
     code += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(3); print(1 + 1)'])"
     start = time.monotonic()
     machine.deadline = start + 1
     with pytest.raises(Stopped):
-        machine.run([sys.executable, "-c", code], log, interrupt)
+        machine.run([sys.executable, "-c", code], log)
     assert time.monotonic() - start < 2.5
     time.sleep(3)
     printed = log.read_text().splitlines()
@@ -217,7 +217,9 @@ def test_memcheck_passes(machine):
         (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n" + SUMS, 0, "1 faults found"),
         (SANITIZED + SUMS.replace(" 0 errors", " 2 errors", 1), 0, "2 faults found"),
         (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n", Stopped, "1 faults found"),
-        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1) + SUMS, 1, "0 faults found in 30 of 30"),
+        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1) + SUMS, 1, "29 of 30 checks passed, 1 wrong"),
+        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1), Stopped, "29 of 30 checks passed, 1 wrong"),
+        (reports(("tf32",), ("tiles",)) + SUMS, 1, "2 of 30 checks passed, the others were not run"),
         (SANITIZED, 0, "has summed up 0 of 5 processes"),
     ],
 )
@@ -239,6 +241,12 @@ def test_memcheck_did_not_run(machine, text, status, message):
         gpu_steps.memcheck(printing(machine, text, status))
 
 
+def test_calls_of_cudas_api_are_no_faults(machine):
+    text = "========= Program hit CUDA_ERROR_NOT_FOUND (error 500) due to named symbol not found\n"
+    assert gpu_steps.memcheck(printing(machine, SANITIZED + text + SUMS)).complete
+    assert "--report-api-errors no" in gpu_steps.SANITIZER
+
+
 def test_memcheck_that_is_cut_short_passes_in_part(machine):
     result = gpu_steps.memcheck(printing(machine, reports(("tf32",), ("tiles",)), Stopped))
     assert result == Result("no fault in 2 of 30 checks", complete=False)
@@ -250,30 +258,65 @@ def test_there_is_no_sanitizer(machine, monkeypatch):
         gpu_steps.memcheck(machine)
 
 
-@pytest.mark.parametrize(
-    ("text", "status", "complete"),
-    [
-        ("12 passed, 3 skipped in 2.31s\n", 0, True),
-        ("!!! KeyboardInterrupt !!!\n==== 12 passed, 3 skipped in 70.3s (0:01:10) ====\n", Stopped, False),
-    ],
-)
-def test_tests_pass(machine, text, status, complete):
+PARALLEL = """bringing up nodes...
+tests/test_numbers.py::test_a[native-NCHW]
+[gw0] [ 33%] PASSED tests/test_numbers.py::test_a[native-NCHW]
+tests/test_numbers.py::test_b[1-2] [gw3] [ 66%] SKIPPED tests/x.py::no_line_of_its_own
+[gw1] [ 66%] PASSED tests/test_numbers.py::test_b[x y]
+"""
+SERIAL = """tests/test_numbers.py::test_a[native-NCHW] PASSED                        [ 33%]
+tests/test_numbers.py::test_b[x y] PASSED                                [ 66%]
+"""
+
+
+@pytest.mark.parametrize("text", [PARALLEL, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("status", [0, Stopped], ids=["ended", "stopped"])
+def test_tests_pass(machine, text, status):
     result = gpu_steps.tests(ending(machine, text, status))
-    assert (result.text, result.complete) == ("12 passed, 3 skipped", complete)
+    assert (result.text, result.complete) == ("2 passed", status == 0)
+
+
+@pytest.mark.parametrize("text", [PARALLEL, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("status", [1, Stopped], ids=["ended", "stopped"])
+def test_tests_fail(machine, text, status):
+    with pytest.raises(Failed) as failure:
+        gpu_steps.tests(ending(machine, text.replace("PASSED", "FAILED", 1), status))
+    text, details = failure.value.args
+    assert text == "1 passed, 1 failed" and "- FAILED tests/test_numbers.py::test_a[native-NCHW]" in details
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "message"),
+    ("text", "status", "error", "message"),
     [
-        ("FAILED tests/test_numbers.py::test - assert\n1 failed, 11 passed in 2s\n", 1, "1 failed, 11 passed"),
-        ("FAILED tests/test_numbers.py::test - assert\n1 failed, 11 passed in 2s\n", Stopped, "1 failed, 11 passed"),
-        ("12 passed in 2s\n", 3, "12 passed"),
-        ("bringing up nodes...\n", Stopped, "no test ended: bringing up nodes"),
+        (PARALLEL, 3, Failed, "2 passed"),
+        ("ImportError\n", 4, Failed, "ImportError"),
+        ("bringing up nodes...\n", Stopped, NotRun, "no test ended: bringing up nodes"),
     ],
 )
-def test_tests_fail(machine, text, status, message):
-    with pytest.raises(Failed, match=message):
+def test_tests_end_otherwise(machine, text, status, error, message):
+    with pytest.raises(error, match=message):
         gpu_steps.tests(ending(machine, text, status))
+
+
+@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["serial", "parallel"])
+def test_what_pytest_prints_is_read(tmp_path, options):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('value', ['a', 'b c', '1-2'])\ndef test_good(value): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_skipped(): pytest.skip('a reason')\n"
+        "def test_error(absent): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_it.py"]
+    text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    assert {name.split("::")[1]: verdict for name, verdict in gpu_steps.test_outcomes(text).items()} == {
+        "test_good[a]": "PASSED",
+        "test_good[b c]": "PASSED",
+        "test_good[1-2]": "PASSED",
+        "test_bad": "FAILED",
+        "test_skipped": "SKIPPED",
+        "test_error": "ERROR",
+    }
 
 
 def ending(machine, text, status):
@@ -356,7 +399,7 @@ def measurement(competitor, build="this", **more):
     return entry | more
 
 
-def benchmark_report(*more):
+def benchmark_report(*more, **changed):
     import gpu
 
     measurements = [
@@ -367,7 +410,8 @@ def benchmark_report(*more):
         *more,
     ]
     builds = {"this": ENVIRONMENT, "baseline": ENVIRONMENT}
-    return {"few_tiles": True, "left_out": [], "measurements": measurements, "builds": builds}
+    report = {"few_tiles": True, "left_out": [], "under_way": None, "measurements": measurements, "builds": builds}
+    return report | changed
 
 
 def test_the_page_of_the_benchmark():
@@ -397,20 +441,124 @@ def benchmarked(machine, report, status):
     return machine
 
 
-def test_what_was_measured_before_the_time_was_over_counts(machine):
-    result = gpu_steps.headline(benchmarked(machine, benchmark_report(), Stopped))
-    assert result.text == "4 measured" and not result.complete
-    assert json.loads((machine.out / "headline.json").read_text()) == benchmark_report()
+def test_a_measurement_that_hangs_fails_and_the_others_count(machine):
+    with pytest.raises(Failed) as failure:
+        gpu_steps.headline(benchmarked(machine, benchmark_report(under_way="r50_c4, batch 16"), Stopped))
+    text, details = failure.value.args
+    assert text == "4 measured, stopped in r50_c4, batch 16" and "0.25" in details
+    assert json.loads((machine.out / "headline.json").read_text())["measurements"] == benchmark_report()["measurements"]
+
+
+def test_what_there_was_no_time_for(machine):
+    result = gpu_steps.headline(benchmarked(machine, benchmark_report(left_out=["x101"]), 0))
+    assert result.text == "4 measured, 1 left out" and not result.complete
+    with pytest.raises(NotRun, match="before anything was measured"):
+        gpu_steps.cases(benchmarked(machine, benchmark_report(measurements=[], left_out=["x101"]), 0))
 
 
 def test_wrong_numbers_of_ours_fail_and_others_do_not(machine):
     import gpu
 
-    others = benchmark_report(measurement("torchvision", mode="float16", failure="ValueError: is off"))
+    others = benchmark_report(
+        measurement("torchvision", mode="float16", failure="ValueError: is off"),
+        measurement(gpu.OWN, build="baseline", mode="float16", failure="ValueError: is off"),
+    )
     assert gpu_steps.cases(benchmarked(machine, others, 0)).complete
     ours = benchmark_report(measurement(gpu.OWN, mode="float16", failure="ValueError: is off"))
     with pytest.raises(Failed, match="1 of jax_dcn's failed"):
         gpu_steps.headline(benchmarked(machine, ours, 1))
+
+
+# A Measurer of two competitors, of which one fails in its second round, and the process ends in its fourth.
+FAKE_RUNS = """
+import os
+class Measurer:
+    rounds = 0
+    def __init__(self, few_tiles): pass
+    def usable(self): return True
+    def prepare(self, name, batch, backward, mode, competitors):
+        entry = dict(case=name, batch=batch, direction="both", mode=mode, sets=1)
+        return [{**entry, "competitor": c, "position": i} for i, c in enumerate(competitors)]
+    def round(self):
+        self.rounds += 1
+        if self.rounds == END: os._exit(1)
+        return [(1e-3, 1e-4), "ValueError: bad" if self.rounds == 2 else (2e-3, 1e-4)][:PREPARED]
+"""
+
+
+@pytest.mark.parametrize(("end", "prepared"), [(4, 2), (-1, 2), (-1, 1)])
+def test_builds_are_measured_in_processes_of_their_own(tmp_path, end, prepared):
+    """And what reports on them needs no jax_dcn, nor JAX."""
+    sites = []
+    for name in ("this", "baseline"):
+        sites.append(tmp_path / name)
+        sites[-1].mkdir()
+        code = FAKE_RUNS.replace("END", str(end if name == "this" else -1)).replace("PREPARED", str(prepared))
+        (sites[-1] / "gpu_runs.py").write_text(code)
+    code = f"""
+import sys, json
+sys.path.insert(0, {str(TOP / "benchmarks")!r})
+import gpu
+
+def main():
+    sites = zip(("this", "baseline"), {list(map(str, sites))!r})
+    builds = [gpu.Build(name, site, False) for name, site in sites]
+    others = ["torchvision"] * {prepared - 1}
+    print(json.dumps(gpu.measure(builds, "r50_c4", 16, True, "bfloat16", [gpu.OWN, *others])))
+    assert not any(name.split(".")[0] in ("jax", "jax_dcn", "gpu_runs") for name in sys.modules)
+    for build in builds:
+        build.stop()
+
+if __name__ == "__main__":
+    main()
+"""
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {(m["build"], m["competitor"]): m for m in json.loads(done.stdout)}
+    own, other = found["this", "jax_dcn NHWC"], found["baseline", "jax_dcn NHWC"]
+    assert other["milliseconds"] == [1.0] * 7
+    if end == 4:
+        assert "the process of this ended" in own["failure"] and "milliseconds" not in own
+    else:
+        assert own["milliseconds"] == [1.0] * 7 and "failure" not in own
+    if prepared == 2:
+        failed = found["this", "torchvision"]
+        assert "ValueError: bad" in failed["failure"] and "milliseconds" not in failed
+
+
+def test_the_wheel_names_its_commit(tmp_path):
+    info = tmp_path / "jax_dcn-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax_dcn\nVersion: 0.1.0\n")
+    for tag, expected in (("0_g12ab", ("12ab", False)), ("0_g12ab_changed", ("12ab", True))):
+        (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: cp312-cp312-linux_x86_64\nBuild: {tag}\n")
+        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TOP / 'benchmarks')!r}]; import report; "
+        code += "print(report.commit())"
+        assert run_python(code).strip() == str(expected)
+
+
+# --- the smoke test's processes ---
+
+
+@pytest.mark.parametrize(
+    ("process", "wrong"),
+    [
+        ("import sys; sys.exit(3)", ["exit status 3"] * 3),
+        ("", ["exit status 0"] * 3),
+        ("print('{not a report}'); raise SystemExit('killed')", ["exit status 1: "] * 3),
+        # One report, and the end.
+        ("import sys, json; print(json.dumps(dict(mode='tf32', case=sys.argv[5], wrong=[])))", [None] * 3),
+    ],
+)
+def test_every_check_has_a_report_whatever_its_process_does(tmp_path, process, wrong):
+    program = tmp_path / "program.py"
+    program.write_text(process)
+    under = [sys.executable, str(program)]  # which leaves the command behind it alone
+    done = gpu_smoke.supervised("tf32", list(gpu_smoke.CHECKS[:3]), under)
+    assert len(done) == 3
+    for report, expected in zip(done, wrong, strict=True):
+        assert report["wrong"] == [] if expected is None else report["wrong"][0].startswith(expected)
 
 
 def test_half_coordinates():

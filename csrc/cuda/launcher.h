@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "kernels.h"
@@ -35,7 +35,8 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Makes a device current for as long as it lives.
+// Makes a device current for as long as it lives. XLA has made its device so already, as a rule; then this changes
+// nothing.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -58,21 +59,21 @@ class CurrentDevice {
   cudaError_t error_;
 };
 
-// Loads a kernel into a device, which is the current one, unless that was done: XLA asks before every execution.
+// Loads a kernel into a device, which is the current one, unless that was done: XLA asks before every execution. A
+// kernel always takes the same shared memory.
 inline cudaError_t LoadOnce(int device, const void* kernel, int shared_bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, int> loaded;  // with how much shared memory
+  // They live as long as the process, as XLA's threads do.
+  static std::mutex& mutex = *new std::mutex;
+  static auto& loaded = *new std::set<std::pair<int, const void*>>;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = loaded.find({device, kernel});
-    if (found != loaded.end() && found->second >= shared_bytes) return cudaSuccess;
+    if (loaded.count({device, kernel}) != 0) return cudaSuccess;
   }
   // Without the lock, as it may wait for kernels that run.
   const cudaError_t error = Load(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& bytes = loaded[{device, kernel}];
-  bytes = std::max(bytes, shared_bytes);
+  loaded.insert({device, kernel});
   return cudaSuccess;
 }
 
