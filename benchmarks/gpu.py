@@ -46,8 +46,6 @@ def serve(connection: Connection, site: str | None, few_tiles: bool) -> None:
     """Calls the methods of a Measurer, of the build in the folder `site`, that come over the connection."""
     if site is not None:
         sys.path.insert(0, site)
-    from gpu_runs import Measurer
-
     measurer = None
     while True:
         try:
@@ -55,9 +53,12 @@ def serve(connection: Connection, site: str | None, few_tiles: bool) -> None:
         except EOFError:
             return
         try:
-            measurer = measurer or Measurer(few_tiles)
+            if measurer is None:
+                from gpu_runs import Measurer
+
+                measurer = Measurer(few_tiles)
             connection.send((getattr(measurer, method)(*arguments), None))
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # whatever XLA, CUDA or the other libraries have to say
             connection.send((None, f"{type(error).__name__}: {str(error)[:400]}"))
 
 
@@ -241,20 +242,26 @@ def parse_arguments() -> argparse.Namespace:
 
         return parse
 
-    def case(text: str) -> tuple[str, int | None]:
-        name, _, batch = text.partition("@")
-        names(CASES)(name)
-        return name, int(batch) if batch else None
+    def cases(text: str) -> list[tuple[str, int | None]]:
+        parts = [part.partition("@") for part in text.split(",")]
+        for name, *_ in parts:
+            names(CASES)(name)
+        return [(name, int(batch) if batch else None) for name, _, batch in parts]
+
+    def batches(text: str) -> list[int]:
+        return [int(n) for n in text.split(",")]
+
+    def site(text: str) -> str:
+        if not (Path(text) / "jax_dcn").is_dir():
+            raise argparse.ArgumentTypeError(f"there is no jax_dcn in {text}")
+        return text
 
     default_out = Path(__file__).parent / "results" / "gpu"
-    parser.add_argument("--site", help="folder of the build to measure (default: the package that Python finds)")
-    parser.add_argument("--baseline", metavar="SITE", help="folder of another build, to compare with")
-    parser.add_argument(
-        "--cases", type=lambda text: [case(name) for name in text.split(",")], default=[(name, None) for name in LISTED]
-    )
-    parser.add_argument(
-        "--batches", type=lambda text: [int(n) for n in text.split(",")], default=[16, 1], help="of cases without @"
-    )
+    parser.add_argument("--site", type=site, help="folder of the build to measure (default: what Python finds)")
+    parser.add_argument("--baseline", type=site, metavar="SITE", help="folder of another build, to compare with")
+    every_case = [(name, None) for name in LISTED]
+    parser.add_argument("--cases", type=cases, default=every_case, metavar="NAME[@BATCH],...", help=", ".join(CASES))
+    parser.add_argument("--batches", type=batches, default=[16, 1], help="of cases without @BATCH")
     parser.add_argument("--directions", type=names(DIRECTIONS), default=list(DIRECTIONS))
     parser.add_argument("--modes", type=names(MODES), default=list(MODES))
     parser.add_argument("--alternatives", type=names(ALTERNATIVES), default=list(ALTERNATIVES), metavar="NAME,...")

@@ -17,7 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,22 +150,39 @@ def reports(mode: str, checks: list[Check]) -> Iterator[dict[str, Any]]:
 
 
 def run_in_this_process(mode: str, checks: list[Check]) -> None:
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"  # the reference is computed on the CPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sys.path.insert(0, str(TESTS))
-    import jax
-
-    from jax_dcn import native
-
-    jax.config.update("jax_enable_x64", True)
-    if jax.default_backend() != "gpu":
-        raise SystemExit(f"no GPU: JAX runs on {jax.devices()}")
-    if native.CUDA_MISSING is not None:
-        raise SystemExit(f"no CUDA kernels: {native.CUDA_MISSING}")
+    if reason := unusable():
+        print(reason)
+        raise SystemExit(UNUSABLE)
     for report in reports(mode, checks):
         print(json.dumps(report), flush=True)
 
 
+def unusable() -> str | None:
+    """Why nothing can be checked."""
+    try:
+        import jax
+
+        from jax_dcn import native
+
+        if jax.default_backend() != "gpu":
+            return f"no GPU: JAX runs on {jax.devices()}"
+    except (ImportError, RuntimeError) as error:
+        return f"no GPU: {error}" if isinstance(error, RuntimeError) else str(error)
+    jax.config.update("jax_enable_x64", True)
+    return native.CUDA_MISSING
+
+
 # --- all of them ---
+
+# The exit status of a process in which nothing can be checked.
+UNUSABLE = 77
+
+
+class Unusable(Exception):
+    """Why nothing can be checked."""
 
 
 def supervised(mode: str, checks: list[Check], under: list[str]) -> list[dict[str, Any]]:
@@ -183,6 +200,8 @@ def supervised(mode: str, checks: list[Check], under: list[str]) -> list[dict[st
                     checks = checks[1:]
                 elif line.strip():
                     last = line.strip()
+        if process.returncode == UNUSABLE:
+            raise Unusable(last)
         if len(checks) == before:
             report = {"mode": mode, **checks[0]._asdict(), "wrong": [f"exit status {process.returncode}: {last}"]}
             print(json.dumps(report), flush=True)
@@ -203,8 +222,17 @@ def names(checks: list[Check]) -> list[tuple[str, ...]]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every_case = list(dict.fromkeys(check.case for check in CHECKS))
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES, metavar="MODE,...")
-    parser.add_argument("--cases", type=lambda text: text.split(","), default=every_case, metavar="CASE,...")
+
+    def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            if unknown := set(text.split(",")) - set(allowed):
+                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: none of {', '.join(allowed)}")
+            return text.split(",")
+
+        return parse
+
+    parser.add_argument("--modes", type=names(MODES), default=MODES, metavar="MODE,...", help=", ".join(MODES))
+    parser.add_argument("--cases", type=names(every_case), default=every_case, metavar="CASE,...")
     parser.add_argument("--under", type=shlex.split, default=[], metavar="COMMAND", help="that starts the processes")
     parser.add_argument("--process", nargs="+", help=argparse.SUPPRESS)  # a mode and the checks of a process
     return parser.parse_args()
@@ -219,7 +247,10 @@ def main() -> None:
     checks = [check for check in CHECKS if check.case in arguments.cases]
     with concurrent.futures.ThreadPoolExecutor(len(arguments.modes)) as pool:
         done = pool.map(lambda mode: supervised(mode, checks, arguments.under), arguments.modes)
-        wrong = [report for reports in done for report in reports if report["wrong"]]
+        try:
+            wrong = [report for reports in done for report in reports if report["wrong"]]
+        except Unusable as reason:
+            raise SystemExit(f"nothing was checked: {reason}") from None
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(checks) * len(arguments.modes)} checks failed")
 

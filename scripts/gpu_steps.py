@@ -74,11 +74,11 @@ METRICS = {
 
 
 class NotRun(Exception):
-    """Why a step has no result."""
+    """Why a step has no result, and perhaps details, as of a Result."""
 
 
 class Failed(Exception):
-    """What is wrong."""
+    """What is wrong, and perhaps details."""
 
 
 class Stopped(Exception):
@@ -97,7 +97,7 @@ class Machine:
     def __init__(self, arguments: argparse.Namespace, scratch: Path):
         self.arguments, self.scratch = arguments, scratch
         self.out: Path = arguments.out
-        self.python = os.environ.get("PYTHON", sys.executable)
+        self.python = arguments.python
         self.site = scratch / "site"
         self.baseline = scratch / "baseline" if arguments.baseline else None
         self.deadline = 0.0  # of the step
@@ -109,7 +109,7 @@ class Machine:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join([str(self.site), *python_path()]),
             "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/usr/local/nvidia/bin"]),
         }
 
@@ -146,8 +146,16 @@ class Machine:
         return path
 
 
+def python_path() -> list[str]:
+    return [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
 def tail(log: Path, lines: int = 12) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def fenced(log: Path, lines: int = 25) -> str:
+    return f"```\n{tail(log, lines)}\n```"
 
 
 # --- the steps ---
@@ -156,22 +164,34 @@ def tail(log: Path, lines: int = 12) -> str:
 def install(machine: Machine) -> Result:
     """The wheel goes into a folder, and JAX must find the GPU and the kernels."""
     log, arguments = machine.scratch / "install.txt", machine.arguments
-    pip = [machine.python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    if machine.run([machine.python, "-c", "import jax"], log) != 0:
+        raise NotRun(f"{machine.python} has no JAX; set PYTHON to one that has", fenced(log))
     if arguments.wheel is None:
         if machine.run([machine.python, "-c", "import jax; jax.devices('cuda')"], log) != 0:
-            raise NotRun(f"no GPU: {tail(log, 1)}")
+            raise NotRun("JAX finds no GPU", fenced(log))
         options = {"CUDAARCHS": os.environ.get("CUDAARCHS", "native"), "CMAKE_ARGS": "-DJAX_DCN_CUDA=ON"}
-        installed = machine.run([*pip, machine.site, "--no-build-isolation", TOP], log, **options)
+        try:
+            pip_install(machine, machine.site, TOP, log, "--no-build-isolation", **options)
+        except Stopped:
+            raise Failed("building took too long; build a wheel beforehand: scripts/gpu_wheel", fenced(log)) from None
     else:
-        installed = machine.run([*pip, machine.site, arguments.wheel], log)
-    if installed == 0 and machine.baseline is not None:
-        installed = machine.run([*pip, machine.baseline, arguments.baseline], log)
-    if installed != 0:
-        raise Failed(f"pip: {tail(log)}")
+        pip_install(machine, machine.site, arguments.wheel, log)
+    if machine.baseline is not None:
+        pip_install(machine, machine.baseline, arguments.baseline, log)
     machine.environment, text = describe(machine, log), "commit unknown"
     if machine.environment is not None:
         text = f"commit {machine.environment['commit'][:12]}"
     return Result(text)
+
+
+def pip_install(machine: Machine, site: Path, what: Path, log: Path, *more: str, **variables: str) -> None:
+    command = [machine.python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site]
+    if machine.run([*command, *more, what], log, **variables) == 0:
+        return
+    hint = ""
+    if "is not a supported wheel" in tail(log):
+        hint = f": it is not for {machine.python}; build it with PYTHON of the same version, or set PYTHON"
+    raise Failed(f"pip could not install {what.name}{hint}", fenced(log))
 
 
 def describe(machine: Machine, log: Path) -> dict[str, Any] | None:
@@ -187,8 +207,9 @@ def describe(machine: Machine, log: Path) -> dict[str, Any] | None:
         return None
     if found.exists():
         return json.loads(found.read_text())
-    said = tail(log, 1)
-    raise NotRun(said) if re.search("no GPU|Unable to initialize backend", said) else Failed(tail(log))
+    if re.search("no GPU|Unable to initialize backend|Unknown backend", tail(log)):
+        raise NotRun("JAX finds no GPU", fenced(log))
+    raise Failed("the package does not work", fenced(log))
 
 
 def smoke_reports(log: Path) -> list[dict[str, Any]]:
@@ -232,7 +253,7 @@ def judged(reports: list[dict[str, Any]], wanted: list[tuple[Any, ...]], stopped
         raise Failed(f"{text}, {len(wrong)} wrong", "\n".join(details))
     if len(found) < len(wanted):
         if not found:
-            details.append(f"```\n{tail(log)}\n```")
+            details.append(fenced(log))
         raise Failed(f"{text}, the others were not run" + ": the time was over" * stopped, "\n".join(details))
     return Result(text, "\n".join(details))
 
@@ -266,7 +287,7 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
 
 
 def headline(machine: Machine) -> Result:
-    """ResNet's c4, 16 images, bfloat16, float16 and TF32, beside cuDNN's plain convolution and torchvision."""
+    """ResNet's c4, 16 images, in 3 dtypes; also plain convolutions, torchvision and the baseline."""
     baseline = ["--baseline", str(machine.baseline)] if machine.baseline is not None else []
     options = ["--cases", "r50_c4", "--batches", "16", "--modes", "bfloat16,float16,tf32", *baseline]
     options += ["--alternatives", "plain convolution,torchvision,jax_dcn NCHW"]
@@ -366,7 +387,7 @@ def memcheck(machine: Machine) -> Result:
 
 
 def racecheck(machine: Machine) -> Result:
-    """Its racecheck of some."""
+    """compute-sanitizer's racecheck of tiles and small groups in TF32 and bfloat16."""
     return sanitize(machine, "racecheck", ("tf32", "bfloat16"), ("tiles", "small_groups"))
 
 

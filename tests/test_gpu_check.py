@@ -28,12 +28,12 @@ loader.exec_module(gpu_check)
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def machine(tmp_path):
     """One with a wheel, an empty output folder, and a minute."""
-    monkeypatch.setenv("PYTHON", sys.executable)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     out.mkdir(), scratch.mkdir()
-    machine = gpu_steps.Machine(argparse.Namespace(out=out, wheel=Path("a.whl"), baseline=None), scratch)
+    arguments = argparse.Namespace(out=out, wheel=Path("a.whl"), baseline=None, python=sys.executable)
+    machine = gpu_steps.Machine(arguments, scratch)
     machine.deadline = time.monotonic() + 60
     return machine
 
@@ -157,7 +157,39 @@ def test_without_a_gpu_nothing_passes(tmp_path):
     assert "= 360 s" in done.stdout
     assert done.stdout.count("NOT RUN: ") == len(gpu_steps.STEPS)
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "FAILED" in summary and "passed" not in summary
+    assert "FAILED, nothing was checked: JAX finds no GPU." in summary and "passed" not in summary
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("scripts/gpu_check", ["--wheel", "absent.whl"], "absent.whl is no wheel"),
+        ("scripts/gpu_check", ["--baseline", "README.md"], "README.md is no wheel"),
+        ("scripts/gpu_check", ["smoke", "--again", "smok"], "no such step: smok"),
+        ("scripts/gpu_smoke.py", ["--cases", "tiles,tile"], "tile: none of tiles, "),
+        ("scripts/gpu_smoke.py", ["--modes", "tf33"], "tf33: none of "),
+        ("benchmarks/gpu.py", ["--cases", "r50_c4@16,r50"], "r50 is none of "),
+        ("benchmarks/gpu.py", ["--batches", "16,x"], "invalid batches value"),
+        ("benchmarks/gpu.py", ["--site", "."], "there is no jax_dcn in ."),
+        ("scripts/gpu_wheel", ["--outt"], "unknown option --outt"),
+        ("scripts/gpu_wheel", ["--out", "--help"], "--out needs a folder"),
+        ("scripts/gpu_wheel", ["a", "b"], "one commit at a time"),
+        ("scripts/gpu_wheel", ["no_such_commit"], "no such commit: no_such_commit"),
+    ],
+)
+def test_wrong_arguments(tmp_path, script, arguments, message):
+    runner = ["bash"] if script.endswith("wheel") else [sys.executable]
+    command = [*runner, TOP / script, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_the_smoke_test_says_why_nothing_can_be_checked(tmp_path):
+    command = [sys.executable, TOP / "scripts" / "gpu_smoke.py", "--modes", "tf32"]
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("nothing was checked: no GPU: ")
 
 
 # --- what the steps read ---
