@@ -195,6 +195,10 @@ def test_the_smoke_test_says_why_nothing_can_be_checked(tmp_path):
 # --- what the steps read ---
 
 
+EVERY = len(gpu_smoke.MODES) * len(gpu_smoke.CHECKS)
+SMALL = len(gpu_smoke.MODES) * sum(not check.case.startswith("wide") for check in gpu_smoke.CHECKS)
+
+
 def report(mode, check, wrong=(), error=1e-3):
     return json.dumps({"mode": mode, **check._asdict(), "wrong": list(wrong), "error": error}) + "\n"
 
@@ -206,17 +210,17 @@ def reports(modes=gpu_smoke.MODES, names=None, **replaced):
 
 def test_smoke_passes(machine):
     result = gpu_steps.smoke(printing(machine, reports()))
-    assert result.complete and result.text == "40 of 40 checks passed"
+    assert result.complete and result.text == f"{EVERY} of {EVERY} checks passed"
     assert "1.0e-03" in result.details and "not run" not in result.details
 
 
 def test_smoke_names_what_is_wrong(machine):
     lines = reports().splitlines(keepends=True)
-    lines[3] = report("float64", gpu_smoke.CHECKS[3], ["grad_x is off by 1.0e+00"])
+    lines[7] = report("float64", gpu_smoke.Check("tiles", True), ["grad_x is off by 1.0e+00"])
     with pytest.raises(Failed) as failure:
         gpu_steps.smoke(printing(machine, "".join(lines), 1))
     text, details = failure.value.args
-    assert text == "39 of 40 checks passed, 1 wrong"
+    assert text == f"{EVERY - 1} of {EVERY} checks passed, 1 wrong"
     assert "- tiles, deterministic, float64: grad_x is off by 1.0e+00" in details and "WRONG" in details
 
 
@@ -224,16 +228,19 @@ def test_smoke_that_is_cut_short_has_not_passed(machine):
     with pytest.raises(Failed) as failure:
         gpu_steps.smoke(printing(machine, reports(modes=("float64",)), Stopped))
     text, details = failure.value.args
-    assert text == "8 of 40 checks passed, the others were not run: the time was over" and "not run" in details
+    assert (
+        text == f"{EVERY // 5} of {EVERY} checks passed, the others were not run: the time was over"
+        and "not run" in details
+    )
 
 
 SUMS = "========= ERROR SUMMARY: 0 errors\n" * 5
-SANITIZED = reports(names=("tiles", "padded", "small_groups"))
+SANITIZED = reports(names=gpu_steps.SMALL)
 
 
 def test_memcheck_passes(machine):
     result = gpu_steps.memcheck(printing(machine, SANITIZED + SUMS))
-    assert result == Result("no fault in 30 checks")
+    assert result == Result(f"no fault in {SMALL} checks")
     assert gpu_steps.racecheck(
         printing(
             machine,
@@ -249,9 +256,17 @@ def test_memcheck_passes(machine):
         (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n" + SUMS, 0, "1 faults found"),
         (SANITIZED + SUMS.replace(" 0 errors", " 2 errors", 1), 0, "2 faults found"),
         (SANITIZED + "========= Invalid __global__ write of size 16 bytes\n", Stopped, "1 faults found"),
-        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1) + SUMS, 1, "29 of 30 checks passed, 1 wrong"),
-        (SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1), Stopped, "29 of 30 checks passed, 1 wrong"),
-        (reports(("tf32",), ("tiles",)) + SUMS, 1, "2 of 30 checks passed, the others were not run"),
+        (
+            SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1) + SUMS,
+            1,
+            f"{SMALL - 1} of {SMALL} checks passed, 1 wrong",
+        ),
+        (
+            SANITIZED.replace('"wrong": []', '"wrong": ["y"]', 1),
+            Stopped,
+            f"{SMALL - 1} of {SMALL} checks passed, 1 wrong",
+        ),
+        (reports(("tf32",), ("tiles",)) + SUMS, 1, f"2 of {SMALL} checks passed, the others were not run"),
         (SANITIZED, 0, "has summed up 0 of 5 processes"),
     ],
 )
@@ -281,7 +296,7 @@ def test_calls_of_cudas_api_are_no_faults(machine):
 
 def test_memcheck_that_is_cut_short_passes_in_part(machine):
     result = gpu_steps.memcheck(printing(machine, reports(("tf32",), ("tiles",)), Stopped))
-    assert result == Result("no fault in 2 of 30 checks", complete=False)
+    assert result == Result(f"no fault in 2 of {SMALL} checks", complete=False)
 
 
 def test_there_is_no_sanitizer(machine, monkeypatch):

@@ -242,11 +242,13 @@ inline cudaError_t MostSharedBytes(int device, int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Loads a kernel into the current device, as its first launch would, and lets its blocks have that much shared memory.
+// Lets a kernel's blocks have that much shared memory on the current device, and loads it there: CUDA says of
+// cudaFuncGetAttributes that it does, as the first launch would otherwise.
 inline cudaError_t Load(const void* kernel, int shared_bytes) {
   constexpr int kDefaultSharedBytes = 48 << 10;  // what a block may have without asking
   if (shared_bytes > kDefaultSharedBytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
   }
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, kernel);

@@ -35,8 +35,8 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Makes a device current for as long as it lives. XLA has made its device so already, as a rule; then this changes
-// nothing.
+// Makes a device current for as long as it lives. XLA, whose ordinals are CUDA's, has made its device so already, as a
+// rule; then this changes nothing.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

@@ -133,10 +133,14 @@ def program(name, data_format):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_handlers_are_found_and_nothing_else_is_run(compiled, name, dtype):
+    """But for the gradients: the cotangent, and the rounding of those of x and the weight."""
     function, calls = program(name, "NHWC")
     found = compiled(function, *shapes("NHWC", dtype=dtype))
     assert found.calls() == calls
     assert found.thunks.kinds() <= KINDS
+    rounds = dtype in ("bfloat16", "float16")
+    assert found.thunks.captured("kCustomKernel") == (1 + 2 * rounds if name == "gradients" else 0)
+    assert found.thunks.outside("kCustomKernel") == 0
 
 
 def test_a_handler_that_is_missing_is_an_error(compiled):
@@ -188,6 +192,7 @@ def test_work_space_is_reused(compiled, backward):
     found = compiled(function, *shapes("NHWC", batch=1, channels=256, size=(8, 8)))
     workspaces = found.workspaces()
     assert len(workspaces) == (8 if backward else 4)
+    assert min(workspaces) < 2 * 9 * 256 * 256 + 1024  # the packed weight, and a pixel of zeros
     assert max(workspaces) <= found.temporary_bytes < 1.5 * max(workspaces)
 
 
@@ -205,6 +210,8 @@ def test_vmap_is_one_call(compiled, mapped, transposes):
     ]
     found = compiled(jax.vmap(operator("NHWC"), in_axes), *arguments)
     assert found.calls() == [FORWARD]
+    if mapped == "weight":  # outputs of one convolution: x is not repeated
+        assert "operand_layout_constraints={bf16[4,32,40,64]{" in found.text
     assert found.thunks.kinds() <= KINDS
     # Of the operands; that of the result may be fused with what follows.
     assert transposes <= found.count("transpose") <= transposes + 1
@@ -232,6 +239,8 @@ def test_mesh_shares_the_images(tmp_path, name):
         "all-to-all": 0,
         "collective-permute": 0,
     }
+    if name == "gradients":  # as the parameter is kept
+        assert re.search(r"bf16\[36864\]\S* all-reduce(-start)?\(", found.text)
     assert found.thunks.outside("kCustomCall") == 0
 
 

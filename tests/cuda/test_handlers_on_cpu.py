@@ -36,7 +36,7 @@ def handlers(tmp_path_factory):
         pytest.skip("no C++ compiler")
     module = tmp_path_factory.mktemp("handlers") / "_native_cuda.so"
     includes = [jax.ffi.include_dir(), pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-attributes", "-DJAX_DCN_CUDA_ON_CPU"]
+    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-attributes", "-DJAX_DCN_CUDA_ON_CPU"]
     command += [f"-I{TOP / 'tests/cuda'}", "-include", "stream_on_cpu.h"]
     command += [f"-isystem{include}" for include in includes]
     command += ["-xc++", *map(str, sorted((TOP / "csrc/cuda").glob("*.cu")))]
