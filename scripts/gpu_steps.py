@@ -39,6 +39,7 @@ HOST_TESTS = (
     "test_guide",
     "test_native",
     "test_errors",
+    "test_gpu_benchmark",
     "test_gpu_check",
     "test_devices",
     "test_train_distributed",

@@ -1,0 +1,141 @@
+"""benchmarks/gpu.py without a GPU: its page, its processes, and the coordinates that torchvision has in float16."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import run_python
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+import gpu_runs
+
+TOP = Path(__file__).parents[1]
+
+ENVIRONMENT = dict(
+    processor="a processor",
+    cores=16,
+    load_average=0.1,
+    commit="abc",
+    uncommitted_changes=False,
+    config=["jax_dcn 0"],
+    gpu="a GPU",
+    card="its name, its driver",
+    versions={"torch": "2"},
+)
+
+
+def measurement(competitor, build="this", **more):
+    entry = dict(case="r50_c4", batch=16, direction="both", mode="bfloat16", competitor=competitor, build=build)
+    return entry | more
+
+
+def benchmark_report(*more, **changed):
+    measurements = [
+        measurement(gpu.OWN, milliseconds=[2.0, 2.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        measurement(gpu.OWN, build="baseline", milliseconds=[4.0, 4.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        measurement("plain convolution", milliseconds=[1.0, 1.0], host_milliseconds=[0.1, 0.1]),
+        measurement("torchvision", milliseconds=[8.0, 8.0], host_milliseconds=[0.1, 0.1], error=1e-3),
+        *more,
+    ]
+    builds = {"this": ENVIRONMENT, "baseline": ENVIRONMENT}
+    report = {"few_tiles": True, "left_out": [], "under_way": None, "measurements": measurements, "builds": builds}
+    return report | changed
+
+
+def test_the_page_of_the_benchmark():
+    page = gpu.page(benchmark_report())
+    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|")
+    found = dict(zip(header, row, strict=True))
+    assert found["jax_dcn, ms"] == "2" and found["host, ms"] == "0.1"
+    assert (found["/ conv"], found["/ baseline"], found["/ torchvision"]) == ("2.00", "0.50", "0.25")
+    for text in ("its name, its driver", "commit abc", "torch 2"):
+        assert text in page
+
+
+# A Measurer of two competitors, of which one fails in its second round, and the process ends in its fourth.
+FAKE_RUNS = """
+import os
+class Measurer:
+    rounds = 0
+    def __init__(self, few_tiles): pass
+    def usable(self): return True
+    def prepare(self, name, batch, backward, mode, competitors):
+        entry = dict(case=name, batch=batch, direction="both", mode=mode, sets=1)
+        return [{**entry, "competitor": c, "position": i} for i, c in enumerate(competitors)]
+    def round(self):
+        self.rounds += 1
+        if self.rounds == END: os._exit(1)
+        return [(1e-3, 1e-4), "ValueError: bad" if self.rounds == 2 else (2e-3, 1e-4)][:PREPARED]
+"""
+
+
+@pytest.mark.parametrize(("end", "prepared"), [(4, 2), (-1, 2), (-1, 1)])
+def test_builds_are_measured_in_processes_of_their_own(tmp_path, end, prepared):
+    """And what reports on them needs no jax_dcn, nor JAX."""
+    sites = []
+    for name in ("this", "baseline"):
+        sites.append(tmp_path / name)
+        sites[-1].mkdir()
+        code = FAKE_RUNS.replace("END", str(end if name == "this" else -1)).replace("PREPARED", str(prepared))
+        (sites[-1] / "gpu_runs.py").write_text(code)
+    code = f"""
+import sys, json
+sys.path.insert(0, {str(TOP / "benchmarks")!r})
+import gpu
+
+def main():
+    sites = zip(("this", "baseline"), {list(map(str, sites))!r})
+    builds = [gpu.Build(name, site, False) for name, site in sites]
+    others = ["torchvision"] * {prepared - 1}
+    print(json.dumps(gpu.measure(builds, "r50_c4", 16, True, "bfloat16", [gpu.OWN, *others])))
+    assert not any(name.split(".")[0] in ("jax", "jax_dcn", "gpu_runs") for name in sys.modules)
+    for build in builds:
+        build.stop()
+
+if __name__ == "__main__":
+    main()
+"""
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {(m["build"], m["competitor"]): m for m in json.loads(done.stdout)}
+    own, other = found["this", "jax_dcn NHWC"], found["baseline", "jax_dcn NHWC"]
+    assert other["milliseconds"] == [1.0] * 7
+    if end == 4:
+        assert "the process of this ended" in own["failure"] and "milliseconds" not in own
+    else:
+        assert own["milliseconds"] == [1.0] * 7 and "failure" not in own
+    if prepared == 2:
+        failed = found["this", "torchvision"]
+        assert "ValueError: bad" in failed["failure"] and "milliseconds" not in failed
+
+
+def test_the_wheel_names_its_commit(tmp_path):
+    info = tmp_path / "jax_dcn-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax_dcn\nVersion: 0.1.0\n")
+    for tag, expected in (("0_g12ab", ("12ab", False)), ("0_g12ab_changed", ("12ab", True))):
+        (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: cp312-cp312-linux_x86_64\nBuild: {tag}\n")
+        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TOP / 'benchmarks')!r}]; import report; "
+        code += "print(report.commit())"
+        assert run_python(code).strip() == str(expected)
+
+
+def test_half_coordinates():
+    """torchvision's float16: the regular part and the offset are rounded, and so is their sum."""
+    case = gpu_runs.Case("", 2, 4, 4, 9, 70, True, kernel=3, stride=2, padding=2, dilation=3, deform_groups=2)
+    operands = case.operands()
+    changed = gpu_runs.half_coordinates(case, operands)
+    h_out, w_out = case.output_size
+    both = [a["offset"].reshape(2, h_out, w_out, 2, 3, 3, 2) for a in (operands, changed)]
+    rng = np.random.default_rng(0)
+    for n, row, column, g, i, j in zip(*(rng.integers(0, size, 50) for size in both[0].shape[:-1]), strict=True):
+        for axis, regular in enumerate((row * 2 - 2 + i * 3, column * 2 - 2 + j * 3)):
+            offset, instead = (float(a[n, row, column, g, i, j, axis]) for a in both)
+            assert np.float32(regular + instead) == np.float16(np.float16(regular) + np.float16(offset))
+    assert changed["mask"].dtype == np.float32 and np.array_equal(changed["x"], operands["x"])
