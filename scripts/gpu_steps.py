@@ -318,7 +318,7 @@ def tests(machine: Machine) -> Result:
         command += ["-n", str(min(16, os.cpu_count() or 1))]
     # As users compile, but for the autotuning, which takes far longer than the small programs run.
     options = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    options["JAX_DCN_ALLOWED_SKIPS"] = "processor|import"
+    options |= {"JAX_DCN_ALLOWED_SKIPS": "processor|import", "JAX_DCN_FAILURES": str(log)}
     status = None
     try:
         status = machine.run(command, log, **options)
@@ -331,7 +331,7 @@ def tests(machine: Machine) -> Result:
     left_out = f"Left out: {', '.join((*HOST_TESTS, *SLOW_TESTS))}, and tests of the plain-XLA form."
     details = "\n".join([left_out, *wrong])
     if wrong or status:
-        raise Failed(text or tail(log, 3), details)
+        raise Failed((text or tail(log, 3)) + ", stopped at the limit" * (status is None), details)
     if not outcomes:
         raise NotRun(f"no test ended: {tail(log, 1)}")
     return Result(text, details, complete=status is not None)

@@ -5,6 +5,7 @@ Python function. So a test that uses the `implementation` fixture must jit a fun
 lives longer than the test.
 
 Where JAX_DCN_ALLOWED_SKIPS is set, a test that skips for a reason that does not match this regular expression fails.
+What fails is also written at once to the file that JAX_DCN_FAILURES names, for a run that may be cut short.
 """
 
 import os
@@ -34,6 +35,9 @@ def pytest_runtest_makereport(item, call):
         if not re.search(allowed, reason):
             report.outcome = "failed"
             report.longrepr = f"{reason}, which JAX_DCN_ALLOWED_SKIPS={allowed} does not allow"
+    if report.failed and (path := os.environ.get("JAX_DCN_FAILURES")):
+        with open(path, "a") as file:
+            file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n")
     return report
 
 

@@ -329,7 +329,8 @@ def test_tests_fail(machine, text, status):
     with pytest.raises(Failed) as failure:
         gpu_steps.tests(ending(machine, text.replace("PASSED", "FAILED", 1), status))
     text, details = failure.value.args
-    assert text == "1 passed, 1 failed" and "- FAILED tests/test_numbers.py::test_a[native-NCHW]" in details
+    assert text == "1 passed, 1 failed" + ", stopped at the limit" * (status is Stopped)
+    assert "- FAILED tests/test_numbers.py::test_a[native-NCHW]" in details
 
 
 @pytest.mark.parametrize(
