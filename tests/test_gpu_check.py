@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -466,6 +467,16 @@ def test_wrong_numbers_of_ours_fail_and_others_do_not(machine):
 
 
 # --- the smoke test's processes ---
+
+
+@pytest.mark.parametrize("run", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_not_one_is_wrong_in_whichever_run(value, run):
+    exact = {"y": np.array([1.0, -4.0]), "grad_x": np.zeros(0)}
+    runs = [{"y": np.array([1.0, -3.0]), "grad_x": np.zeros(0)} for _ in range(2)]
+    assert gpu_smoke.largest_errors(runs, exact) == {"y": 0.25, "grad_x": 0}
+    runs[run]["y"][0] = value
+    assert not gpu_smoke.largest_errors(runs, exact)["y"] <= 1
 
 
 @pytest.mark.parametrize(
