@@ -24,7 +24,7 @@ from report import environment
 from workloads import CASES, Arrays, Case, to_nchw
 
 import jax_dcn
-from jax_dcn import native
+from jax_dcn._operator import native
 
 # The dtype of x, weight and y, and what float32 products are made in. Offset and mask are float32, but torchvision's.
 MODES = {"tf32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}

@@ -31,12 +31,12 @@ from competitors import BOTH, COMPETITORS, REFERENCE, Problem, Run, imported
 from report import caption, cores, environment, markdown, paired_ratio, write_json
 from workloads import CASES, Arrays, to_nchw, to_nhwc
 
-from jax_dcn import native
+from jax_dcn._operator import native
 
 # Largest error against the plain-XLA form in float32, relative to the largest value. float32: a few hundred roundings.
 # bfloat16: the rounding of the result, since everything up to it is in float32, but where the samples are rounded too.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2.0**-8}
-if native.MISSING is None and native._native.cpu_isa() == "avx512bf16":
+if native.cpu_isa() == "avx512bf16":
     TOLERANCE["bfloat16"] *= 2
 
 DIRECTIONS = ("forward", "both")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_dcn import _compat, primitives
-from jax_dcn.geometry import DTYPES, Geometry, Pair, check_operands, to_precision
-
-IMPLEMENTATIONS = ("native", "xla")
+from jax_dcn import _checks
+from jax_dcn._operator import compat, primitives
+from jax_dcn._operator.geometry import Geometry, Pair
 
 
 def deform_conv2d(
@@ -143,16 +140,18 @@ def _checked(
 ) -> jax.Array:
     """Checks the operands of the public function `name` before the call."""
     x, offset, weight = (
-        _as_array(name, argument, value) for argument, value in (("x", x), ("offset", offset), ("weight", weight))
+        _checks.to_array(name, argument, value)
+        for argument, value in (("x", x), ("offset", offset), ("weight", weight))
     )
-    mask = None if mask is None else _as_array(name, "mask", mask)
-    bias = None if bias is None or (isinstance(bias, (bool, np.bool_)) and not bias) else _as_array(name, "bias", bias)
-    geometry = check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
-    call = _Call(geometry, to_precision(name, precision), _implementation())
-    operands = _compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
+    mask = None if mask is None else _checks.to_array(name, "mask", mask)
+    no_bias = bias is None or (isinstance(bias, (bool, np.bool_)) and not bias)
+    bias = None if no_bias else _checks.to_array(name, "bias", bias)
+    geometry = _checks.check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
+    static = _Static(geometry, _checks.to_precision(name, precision), _checks.implementation())
+    operands = compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
     if forward_mode:
-        return primitives.deform_conv2d(*operands, **vars(call))
-    return _deform_conv2d(call, *operands)
+        return primitives.deform_conv2d(*operands, **vars(static))
+    return _deform_conv2d(static, *operands)
 
 
 def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array, geometry: Geometry) -> jax.Array | None:
@@ -166,30 +165,12 @@ def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array, geometry: Geo
     return jax.sharding.reshard(bias, NamedSharding(sharding.mesh, spec))
 
 
-def _as_array(name: str, argument: str, value: Any) -> jax.Array:
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
-    if value.dtype.name not in DTYPES:
-        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
-    if not value.dtype.isnative:
-        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected this machine's byte order")
-    return jnp.asarray(value)
-
-
-def _implementation() -> str:
-    """What the environment asks for when a function is traced: the kernels, or plain XLA everywhere."""
-    implementation = os.environ.get("JAX_DCN_IMPLEMENTATION", "native")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"JAX_DCN_IMPLEMENTATION must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    return implementation
-
-
 # --- differentiation ---
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static parameters of a call."""
+class _Static:
+    """The parameters of the primitives."""
 
     geometry: Geometry
     precision: Any
@@ -205,24 +186,24 @@ class _Perturbed:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _deform_conv2d(call: _Call, x, offset, mask, weight, bias):
-    return primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(call))
+def _deform_conv2d(static: _Static, x, offset, mask, weight, bias):
+    return primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(static))
 
 
-def _deform_conv2d_forward(call: _Call, x, offset, mask, weight, bias):
+def _deform_conv2d_forward(static: _Static, x, offset, mask, weight, bias):
     operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
     x, offset, mask, weight, bias = (operand if operand is None else operand.value for operand in operands.values())
     # The primitive, unlike a custom_vjp function, has a JVP rule: a gradient can be differentiated in either mode.
-    y = primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(call))
+    y = primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(static))
     return y, (x, offset, mask, weight, _Perturbed(perturbed))
 
 
-def _deform_conv2d_backward(call: _Call, residuals, grad_y):
+def _deform_conv2d_backward(static: _Static, residuals, grad_y):
     *operands, perturbed = residuals
     gradients = {}
     if perturbed.names and not isinstance(grad_y, SymbolicZero):
-        gradients = primitives.deform_conv2d_backward(grad_y, *operands, wanted=perturbed.names, **vars(call))
+        gradients = primitives.deform_conv2d_backward(grad_y, *operands, wanted=perturbed.names, **vars(static))
     return tuple(gradients.get(name) for name in ("x", "offset", "mask", "weight", "bias"))
 
 

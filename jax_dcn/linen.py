@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jax_dcn import _layers
+from jax_dcn._layers import conv
 
 try:
     from flax import linen as nn
@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 __all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"]
 
 
-class DeformConv2d(_layers.DeformConv2d, nn.Module):
+class DeformConv2d(conv.DeformConv2d, nn.Module):
     """Deformable convolution with given offsets (DCNv1, Dai et al. 2017, https://arxiv.org/abs/1703.06211).
 
     The layer of `mmcv.ops.DeformConv2d` over `jax_dcn.deform_conv2d`, which gives the formula and the shapes.
@@ -80,7 +80,7 @@ class DeformConv2dPack(DeformConv2d):
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
 
-class ModulatedDeformConv2d(_layers.ModulatedDeformConv2d, nn.Module):
+class ModulatedDeformConv2d(conv.ModulatedDeformConv2d, nn.Module):
     """Modulated deformable convolution (DCNv2, Zhu et al. 2018, https://arxiv.org/abs/1811.11168).
 
     The layer of `mmcv.ops.ModulatedDeformConv2d` over `jax_dcn.modulated_deform_conv2d`. Its parameters and
@@ -125,7 +125,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
 
-def _promoted(layer: _layers.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _promoted(layer: conv.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """x, kernel and bias in the dtype of the computation."""
     kernel_init = layer.kernel_init or layer._default_kernel_init
     kernel = layer.param("kernel", kernel_init, layer._kernel_shape, layer.param_dtype)
@@ -133,5 +133,5 @@ def _promoted(layer: _layers.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array,
     return nn.dtypes.promote_dtype(x, kernel, bias, dtype=layer.dtype)
 
 
-def _conv_offset(layer: _layers.Layer) -> nn.Conv:
+def _conv_offset(layer: conv.Layer) -> nn.Conv:
     return nn.Conv(layer._conv_offset_channels, name="conv_offset", **layer._conv_offset_options)

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 
-from jax_dcn import _layers
+from jax_dcn._layers import conv
 
 try:
     from flax import nnx
@@ -21,7 +21,7 @@ __all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "Modulat
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class DeformConv2d(_layers.DeformConv2d, nnx.Module):
+class DeformConv2d(conv.DeformConv2d, nnx.Module):
     """Deformable convolution with given offsets: `jax_dcn.linen.DeformConv2d` for nnx.
 
     Args:
@@ -54,7 +54,7 @@ class DeformConv2dPack(DeformConv2d):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class ModulatedDeformConv2d(_layers.ModulatedDeformConv2d, nnx.Module):
+class ModulatedDeformConv2d(conv.ModulatedDeformConv2d, nnx.Module):
     """Modulated deformable convolution: `jax_dcn.linen.ModulatedDeformConv2d` for nnx.
 
     Args:
@@ -86,7 +86,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return self._convolve(*_promoted(self, x), *self._predict(self.conv_offset, x))
 
 
-def _parameters(layer: _layers.Layer, bias: bool, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param | None]:
+def _parameters(layer: conv.Layer, bias: bool, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param | None]:
     kernel_init = layer.kernel_init or layer._default_kernel_init
     kernel = nnx.Param(kernel_init(rngs.params(), layer._kernel_shape, layer.param_dtype))
     if not bias:
@@ -94,11 +94,11 @@ def _parameters(layer: _layers.Layer, bias: bool, rngs: nnx.Rngs) -> tuple[nnx.P
     return kernel, nnx.Param(layer.bias_init(rngs.params(), (layer.out_channels,), layer.param_dtype))
 
 
-def _conv_offset(layer: _layers.Layer, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv_offset(layer: conv.Layer, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(layer.in_channels, layer._conv_offset_channels, rngs=rngs, **layer._conv_offset_options)
 
 
-def _promoted(layer: _layers.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _promoted(layer: conv.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """x, kernel and bias in the dtype of the computation."""
     bias = None if layer.bias is None else layer.bias[...]
     return nnx.nn.dtypes.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)

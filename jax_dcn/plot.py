@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_dcn.geometry import Pair, check_data_format, to_pair
+from jax_dcn._checks import check_data_format, to_pair
+from jax_dcn._operator.geometry import Pair
 
 Setting = int | Pair | list[int | Pair]  # a list has one for every layer
 

@@ -225,7 +225,7 @@ def unusable() -> str | None:
     try:
         import jax
 
-        from jax_dcn import native
+        from jax_dcn._operator import native
 
         if jax.default_backend() != "gpu":
             return f"no GPU: JAX runs on {jax.devices()}"

@@ -13,8 +13,9 @@ from programs import Thunks
 from tolerances import assert_close
 
 import jax_dcn
-from jax_dcn import lowering, native
-from jax_dcn.geometry import Geometry
+from jax_dcn._operator import lowering, native
+from jax_dcn._operator.geometry import Geometry
+from jax_dcn._operator.operands import GRADIENTS
 
 CASE = Case("small", c_in=8, c_out=4, size=(5, 6), groups=2, deform_groups=2)
 TARGETS = (native.DEFORM_CONV2D, native.DEFORM_CONV2D_BACKWARD)
@@ -97,7 +98,7 @@ def test_backward(data_format):
     *gradient_types, workspace = results
     assert gradient_types == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xf32", "3x3x4x4xf32", "4xf32"]
     assert re.fullmatch(r"\d+xui8", workspace)
-    assert all(attributes[f"grad_{name}"] == "true" for name in lowering.GRADIENTS)
+    assert all(attributes[f"grad_{name}"] == "true" for name in GRADIENTS)
 
 
 def test_sums_are_wider_than_16_bits_and_gradients_not_wanted_are_left_out():
@@ -105,7 +106,7 @@ def test_sums_are_wider_than_16_bits_and_gradients_not_wanted_are_left_out():
     function = gradients(deform_conv2d(CASE), ("x", "offset", "mask"))
     _, attributes, _, results = sole_call(lowered(function, arguments))
     assert results[:-1] == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xbf16"]
-    assert [attributes[f"grad_{name}"] for name in lowering.GRADIENTS] == ["true", "true", "true", "false", "false"]
+    assert [attributes[f"grad_{name}"] for name in GRADIENTS] == ["true", "true", "true", "false", "false"]
 
 
 def test_nhwc_is_not_transposed():
@@ -206,8 +207,8 @@ def test_workspace_for_any_batch_is_enough_for_each(case, flags, dtype, monkeypa
 
     (n,) = jax.export.symbolic_shape("n")
     for target in TARGETS:
-        flags = {f"grad_{name}": True for name in lowering.GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
-        options = lowering._cuda_options(shapes(1), None)
+        flags = {f"grad_{name}": True for name in GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
+        options = lowering._options(shapes(1), None, jnp.float32)
         attributes = native.attributes(shapes(1), geometry, **flags, **options)
         (bound,) = native.cuda_workspace(target, shapes(n), attributes).shape
         for batch in (0, 1, 2, 3, 7, 33, 1000, 12345):
@@ -288,7 +289,7 @@ print(" ".join(result.tobytes().hex() for result in results))
 def test_import_leaves_cuda_alone():
     """Neither the driver nor JAX's GPU backend is touched before something is computed."""
     code = (
-        "import jax_dcn; from jax_dcn import native; native._native_cuda.architectures()\n"
+        "import jax_dcn; from jax_dcn._operator import native; native.cuda_architectures()\n"
         "print(sorted({line.split('/')[-1].strip() for line in open('/proc/self/maps') if 'libcuda.so' in line}))"
     )
     assert run_python(code).strip() == "[]"
@@ -296,7 +297,7 @@ def test_import_leaves_cuda_alone():
 
 def test_show_config_names_the_architectures(capsys):
     native.show_config()
-    assert f"architectures {native._native_cuda.architectures()}" in capsys.readouterr().out
+    assert f"architectures {native.cuda_architectures()}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -304,26 +305,27 @@ def test_the_handler_decodes_what_the_lowering_passes(target):
     """Called on the CPU, a CUDA handler misses the stream, and nothing else: no operand, result or attribute."""
     code = f"""
 import jax, jax.numpy as jnp
-from jax_dcn import lowering, native
-from jax_dcn.geometry import Geometry
+from jax_dcn._operator import lowering, native
+from jax_dcn._operator.geometry import Geometry
+from jax_dcn._operator.operands import GRADIENTS
 
 target = {target!r}
 jax.ffi.register_ffi_target("on_cpu", native._native_cuda.handlers()[target], platform="cpu")
 native.call = lambda target, results, operands, attributes: jax.ffi.ffi_call("on_cpu", results)(
     *operands.values(), **attributes)
-geometry = Geometry((3, 3), padding=(1, 1))
+params = dict(geometry=Geometry((3, 3), padding=(1, 1)), precision=None)
 operands = dict(x=jnp.ones((2, 6, 5, 8)), offset=jnp.ones((2, 6, 5, 18)), weight=jnp.ones((3, 3, 8, 4)),
                 mask=jnp.ones((2, 6, 5, 9)))
-params = dict(geometry=geometry, precision=None)
 if target == native.DEFORM_CONV2D:
     operands["bias"] = jnp.ones(4)
-    rule = lowering._deform_conv2d_cuda
+    rule = lowering.deform_conv2d_cuda
 else:
     operands = dict(grad_y=jnp.ones((2, 6, 5, 4)), **operands)
-    rule = lowering._deform_conv2d_backward_cuda
-    params["wanted"] = lowering.GRADIENTS
+    rule = lowering.deform_conv2d_backward_cuda
+    params["wanted"] = GRADIENTS
+names = tuple(operands)
 try:
-    jax.block_until_ready(jax.jit(lambda *a: rule(*a, names=tuple(operands), **params))(*operands.values()))
+    jax.block_until_ready(jax.jit(lambda *a: rule(dict(zip(names, a)), **params))(*operands.values()))
 except jax.errors.JaxRuntimeError as error:
     print(error)
 """
@@ -345,10 +347,14 @@ except jax.errors.JaxRuntimeError as error:
     ids=str,
 )
 def test_workspace_of_an_impossible_geometry(changes, message):
-    arguments = dict(
-        x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
-    )
-    arguments |= dict(deform_groups=1, nchw=False, has_mask=False, highest_precision=False, deterministic=False)
-    native._native_cuda.forward_workspace(**arguments)
+    arguments = dict(x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1))
+    arguments |= dict(dilation=(1, 1), groups=1, deform_groups=1, nchw=False, has_mask=False)
+    arguments |= dict(highest_precision=False, deterministic=False)
+
+    def size(**arguments):
+        arrays = {name: np.array(arguments.pop(name)) for name in ("stride", "padding", "dilation")}
+        return native._native_cuda.forward_workspace(**arguments, **arrays)
+
+    size(**arguments)
     with pytest.raises(ValueError, match=message):
-        native._native_cuda.forward_workspace(**{**arguments, **changes})
+        size(**{**arguments, **changes})

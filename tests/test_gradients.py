@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 from tolerances import assert_close
 
 import jax_dcn
-from jax_dcn import native
+from jax_dcn._operator import native
 
 BY_NAME = {case.name: case for case in AWKWARD}
 OPERANDS = ("x", "offset", "mask", "weight", "bias")

@@ -10,7 +10,7 @@ import pytest
 from processes import run_python
 from tolerances import assert_close
 
-from jax_dcn import native
+from jax_dcn._operator import native
 
 MIB = 2**20
 
@@ -66,12 +66,12 @@ RESULTS = {
 
 def test_the_native_module_is_loaded():
     assert native.MISSING is None
-    assert "baseline" in native._native.cpu_isas()
+    assert "baseline" in native.cpu_isas()
 
 
 def test_show_config_names_the_kernels(capsys):
     native.show_config()
-    assert f"kernels for {native._native.cpu_isa()}" in capsys.readouterr().out
+    assert f"kernels for {native.cpu_isa()}" in capsys.readouterr().out
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -100,12 +100,12 @@ def xla_gradients(tmp_path_factory):
     ("isa", "precision"),
     [
         (isa, precision)
-        for isa in (native._native.cpu_isas() if native._native else [])
+        for isa in (native.cpu_isas())
         for precision in (("default", "highest") if isa == "avx512bf16" else ("default",))
     ],
 )
 def test_every_instruction_set_agrees_with_plain_xla(isa, precision, xla_gradients, tmp_path):
-    chosen = run_python("from jax_dcn import native; print(native._native.cpu_isa())", JAX_DCN_CPU_ISA=isa)
+    chosen = run_python("from jax_dcn._operator import native; print(native.cpu_isa())", JAX_DCN_CPU_ISA=isa)
     if chosen.strip() != isa:
         pytest.skip(f"this processor has no {isa}")
     gradients = saved_gradients(tmp_path / "native.npz", JAX_DCN_CPU_ISA=isa, PRECISION=precision)

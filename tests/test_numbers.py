@@ -18,7 +18,7 @@ from jax import lax
 from tolerances import assert_close
 
 import jax_dcn
-from jax_dcn import native
+from jax_dcn._operator import native
 
 BY_NAME = {case.name: case for case in AWKWARD}
 

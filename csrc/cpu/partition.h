@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "../geometry.h"
+#include "../workspace.h"
 #include "tile.h"
 
 namespace jax_dcn {
@@ -72,33 +73,16 @@ inline constexpr int64_t kTaskFlops = 200000;
 
 // --- work space ---
 
-// Hands out consecutive arrays of a block of memory; without a block it only counts.
-class Carver {
- public:
-  explicit Carver(char* block = nullptr) : block_(block) {}
+inline constexpr int64_t kAlignment = 64;  // a cache line
 
-  template <class T>
-  T* Take(int64_t count) {
-    char* at = block_ == nullptr ? nullptr : block_ + used_;
-    used_ += CeilDiv(count * static_cast<int64_t>(sizeof(T)), kAlignment) * kAlignment;
-    return reinterpret_cast<T*>(at);
-  }
-  int64_t used() const { return used_; }
-
-  static constexpr int64_t kAlignment = 64;
-
- private:
-  char* block_;
-  int64_t used_ = 0;
-};
+using Carver = AlignedCarver<kAlignment>;
 
 class Memory {
  public:
   explicit Memory(int64_t bytes) {
     // aligned_alloc wants a multiple of the alignment, and may return null for 0.
-    const int64_t blocks = Max<int64_t>(1, CeilDiv(bytes, Carver::kAlignment));
-    block_ =
-        static_cast<char*>(std::aligned_alloc(Carver::kAlignment, static_cast<size_t>(blocks * Carver::kAlignment)));
+    const int64_t blocks = Max<int64_t>(1, CeilDiv(bytes, kAlignment));
+    block_ = static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(blocks * kAlignment)));
   }
   ~Memory() { std::free(block_); }
   Memory(const Memory&) = delete;

@@ -4,6 +4,7 @@
 
 #include "launcher.h"
 #include "layout.h"
+#include "workspace.h"
 
 namespace jax_dcn {
 namespace cuda {
@@ -62,15 +63,18 @@ struct BackwardPlan {
       weight_size = weight_parts.size(problem);
     }
     const bool sampled = want_samples || wanted.weight;
-    const int64_t grad_y = problem.pixels * problem.groups * problem.padded_group_out;
-    Carver carver(workspace);
+    WorkspaceCarver carver(workspace, input_pixels, problem.pixels);
     weights = carver.Take<Vector16>(sampled ? packed.vectors + zeros : 0);
-    padded_x = carver.Take<T>(sampled && problem.pads_in() ? input_pixels * problem.c_in : 0);
-    padded_grad_y = carver.Take<T>(sampled && pads_out ? grad_y : 0);
-    padded_grad_x = carver.Take<Real>(wanted.x && problem.pads_in() ? input_pixels * problem.c_in : 0);
+    padded_x = carver.TakePerInputPixel<T>(sampled && problem.pads_in() ? problem.c_in : 0);
+    padded_grad_y = carver.TakePerOutputPixel<T>(sampled && pads_out ? problem.groups * problem.padded_group_out : 0);
+    padded_grad_x = carver.TakePerInputPixel<Real>(wanted.x && problem.pads_in() ? problem.c_in : 0);
     weight_sums = carver.Take<Real>(wanted.weight ? weight_parts.parts * weight_size : 0);
-    bias_sums = carver.Take<Real>(wanted.bias ? bias_parts * g.c_out : 0);
-    bytes = carver.used();
+    if (wanted.bias) {
+      // One part, and for each pixel its share of the others, in whole bytes. The two follow one another.
+      bias_sums = carver.Take<Real>(g.c_out);
+      carver.TakePerOutputPixel<char>(CeilDiv(g.c_out * int64_t{sizeof(Real)}, kBiasPixels));
+    }
+    size = carver.size();
   }
 
   SmallGroups small_groups;
@@ -89,8 +93,8 @@ struct BackwardPlan {
   T* padded_grad_y;
   Real* padded_grad_x;
   Real* weight_sums;
-  Real* bias_sums;
-  int64_t bytes;
+  Real* bias_sums = nullptr;
+  WorkspaceSize size;
 };
 
 template <class A>
@@ -183,11 +187,11 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
 
 }  // namespace
 
-int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
-                          const Options& options) {
+WorkspaceSize BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
+                                const Options& options) {
   return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
     return OnAnyDevice(
-        [&](int shared_bytes) { return BackwardPlan<decltype(a)>(geometry, wanted, shared_bytes, nullptr).bytes; });
+        [&](int shared_bytes) { return BackwardPlan<decltype(a)>(geometry, wanted, shared_bytes, nullptr).size; });
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include "launcher.h"
 #include "layout.h"
+#include "workspace.h"
 
 namespace jax_dcn {
 namespace cuda {
@@ -22,10 +23,10 @@ struct ForwardPlan {
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
     if (A::kSmallGroups) packed.vectors = 0;
-    Carver carver(workspace);
+    WorkspaceCarver carver(workspace, input_pixels, problem.pixels);
     weights = carver.Take<Vector16>(packed.vectors + zeros);
-    padded_x = carver.Take<T>(problem.pads_in() ? input_pixels * problem.c_in : 0);
-    bytes = carver.used();
+    padded_x = carver.TakePerInputPixel<T>(problem.pads_in() ? problem.c_in : 0);
+    size = carver.size();
   }
 
   SmallGroups small_groups;
@@ -36,7 +37,7 @@ struct ForwardPlan {
   int64_t input_pixels;
   Vector16* weights;
   T* padded_x;
-  int64_t bytes;
+  WorkspaceSize size;
 };
 
 template <class A>
@@ -73,10 +74,10 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
 
 }  // namespace
 
-int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
+WorkspaceSize ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
   return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
     return OnAnyDevice(
-        [&](int shared_bytes) { return ForwardPlan<decltype(a)>(geometry, shared_bytes, nullptr).bytes; });
+        [&](int shared_bytes) { return ForwardPlan<decltype(a)>(geometry, shared_bytes, nullptr).size; });
   });
 }
 

@@ -35,9 +35,23 @@ struct Status {
   const char* what = nullptr;  // the launch or call
 };
 
-// In bytes. They depend on the sizes alone, so that they can be asked for where there is no device.
-int64_t ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);
-int64_t BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype, const Options& options);
+// The bytes of work space of a call: so many, and so many for each pixel of all images, of x and of y.
+struct WorkspaceSize {
+  int64_t constant = 0, per_input_pixel = 0, per_output_pixel = 0;
+
+  int64_t Bytes(const Geometry& g) const {
+    return constant + per_input_pixel * g.batch * g.image() + per_output_pixel * g.pixels();
+  }
+};
+
+// More pixels of y than the constant part depends on: a formula for a geometry of so many images of one pixel holds for
+// any sizes of batch, images and results.
+inline constexpr int64_t kManyPixels = int64_t{1} << 31;
+
+// They depend on the sizes alone, so that they can be asked for where there is no device.
+WorkspaceSize ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);
+WorkspaceSize BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
+                                const Options& options);
 
 // On a stream of the device, whichever is the current one.
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,

@@ -16,25 +16,6 @@
 namespace jax_dcn {
 namespace cuda {
 
-// Hands out consecutive arrays of the work space; without one it only counts.
-class Carver {
- public:
-  explicit Carver(void* workspace) : workspace_(static_cast<char*>(workspace)) {}
-
-  template <class T>
-  T* Take(int64_t count) {
-    char* at = workspace_ == nullptr ? nullptr : workspace_ + used_;
-    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
-    return reinterpret_cast<T*>(at);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  static constexpr int64_t kAlignment = 128;  // a line of the L2 cache
-  char* workspace_;
-  int64_t used_ = 0;
-};
-
 // Makes a device current for as long as it lives. XLA, whose ordinals are CUDA's, has made its device so already, as a
 // rule; then this changes nothing.
 class CurrentDevice {
@@ -177,13 +158,6 @@ int TileColumns(int total, int64_t other_blocks, int shared_bytes) {
   int columns = kProductSharedBytes<T, kMost, kTransposed> <= shared_bytes ? kMost : kMost / 2;
   while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
   return columns;
-}
-
-// The larger of what function(shared memory of a block) gives for the devices that have the least and the most.
-template <class Function>
-int64_t OnAnyDevice(const Function& function) {
-  constexpr int kLeast = 64 << 10;
-  return std::max<int64_t>(function(kLeast), function(std::numeric_limits<int>::max()));
 }
 
 // Calls function(the number of columns as an std::integral_constant).

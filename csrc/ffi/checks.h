@@ -12,57 +12,31 @@
 
 #include "../geometry.h"
 #include "../operands.h"
+#include "attributes.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dcn {
 
-namespace ffi = xla::ffi;
-
-using Pair = ffi::Span<const int64_t>;
-
-struct Attributes {
-  Pair stride, padding, dilation;
-  int64_t groups, deform_groups;
-  bool nchw, has_mask;
-};
-
-// What a handler binds behind its context. All attributes of `Attributes` come last.
-template <class Binding>
-auto BindAttributes(Binding&& binding) {
-  return std::forward<Binding>(binding)
-      .template Attr<Pair>("stride")
-      .template Attr<Pair>("padding")
-      .template Attr<Pair>("dilation")
-      .template Attr<int64_t>("groups")
-      .template Attr<int64_t>("deform_groups")
-      .template Attr<bool>("nchw")
-      .template Attr<bool>("has_mask");
-}
-
+// What every handler binds between its context and its attributes.
 template <class Binding>
 auto BindForward(Binding&& binding) {
-  return BindAttributes(std::forward<Binding>(binding)
-                            .template Arg<ffi::AnyBuffer>()    // x
-                            .template Arg<ffi::AnyBuffer>()    // offset
-                            .template Arg<ffi::AnyBuffer>()    // weight
-                            .RemainingArgs()                   // [mask], [bias]
-                            .template Ret<ffi::AnyBuffer>());  // y
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()   // x
+      .template Arg<ffi::AnyBuffer>()   // offset
+      .template Arg<ffi::AnyBuffer>()   // weight
+      .RemainingArgs()                  // [mask], [bias]
+      .template Ret<ffi::AnyBuffer>();  // y
 }
 
 template <class Binding>
 auto BindBackward(Binding&& binding) {
-  return BindAttributes(std::forward<Binding>(binding)
-                            .template Arg<ffi::AnyBuffer>()  // grad_y
-                            .template Arg<ffi::AnyBuffer>()  // x
-                            .template Arg<ffi::AnyBuffer>()  // offset
-                            .template Arg<ffi::AnyBuffer>()  // weight
-                            .RemainingArgs()                 // [mask]
-                            .RemainingRets())                // the gradients wanted
-      .template Attr<bool>("grad_x")
-      .template Attr<bool>("grad_offset")
-      .template Attr<bool>("grad_mask")
-      .template Attr<bool>("grad_weight")
-      .template Attr<bool>("grad_bias");
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()  // grad_y
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<ffi::AnyBuffer>()  // offset
+      .template Arg<ffi::AnyBuffer>()  // weight
+      .RemainingArgs()                 // [mask]
+      .RemainingRets();                // the gradients wanted
 }
 
 inline std::optional<DType> ToDType(ffi::DataType dtype) {
@@ -152,6 +126,7 @@ class Checker {
     if (!ok()) return call;
     const Shapes shapes(g, a.nchw);
     arrays.format = a.nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
+    arrays.round_samples = !a.highest_precision;
     arrays.x = ToArray("x", x, shapes.x);
     const DType dtype = arrays.x.dtype;
     arrays.offset = ToArray("offset", offset, shapes.offset);
@@ -168,8 +143,8 @@ class Checker {
 
   // `results` may hold `more_results` behind the gradients.
   Call<BackwardArrays> Backward(ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
-                                ffi::RemainingArgs optional, ffi::RemainingRets results, const Attributes& a,
-                                const WantedGradients& wanted, size_t more_results = 0) {
+                                ffi::RemainingArgs optional, ffi::RemainingRets results, const BackwardAttributes& a,
+                                size_t more_results = 0) {
     Call<BackwardArrays> call;
     Geometry& g = call.geometry;
     BackwardArrays& arrays = call.arrays;
@@ -177,6 +152,7 @@ class Checker {
     if (!ok()) return call;
     const Shapes shapes(g, a.nchw);
     arrays.format = a.nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
+    arrays.round_samples = !a.highest_precision;
     arrays.x = ToArray("x", x, shapes.x);
     const DType dtype = arrays.x.dtype;
     const DType sum_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -191,13 +167,13 @@ class Checker {
       Fail(gradient.error().message());
       return Array{};
     };
-    if (wanted.x) arrays.grad_x = result("grad_x", shapes.x, sum_dtype);
-    if (wanted.offset) arrays.grad_offset = result("grad_offset", shapes.offset, arrays.offset.dtype);
-    if (wanted.mask) arrays.grad_mask = result("grad_mask", shapes.mask, arrays.mask.dtype);
-    if (wanted.weight) arrays.grad_weight = result("grad_weight", shapes.weight, sum_dtype);
-    if (wanted.bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
+    if (a.wanted.x) arrays.grad_x = result("grad_x", shapes.x, sum_dtype);
+    if (a.wanted.offset) arrays.grad_offset = result("grad_offset", shapes.offset, arrays.offset.dtype);
+    if (a.wanted.mask) arrays.grad_mask = result("grad_mask", shapes.mask, arrays.mask.dtype);
+    if (a.wanted.weight) arrays.grad_weight = result("grad_weight", shapes.weight, sum_dtype);
+    if (a.wanted.bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
     if (optional.size() != (a.has_mask ? 1u : 0u) || results.size() != next + more_results ||
-        (wanted.mask && !a.has_mask)) {
+        (a.wanted.mask && !a.has_mask)) {
       Fail("the operands or results are not those of the attributes");
     }
     return call;

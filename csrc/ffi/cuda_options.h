@@ -3,11 +3,12 @@
 #pragma once
 
 #include "../cuda/kernels.h"
+#include "attributes.h"
 
 namespace jax_dcn {
 
-inline cuda::Options ToOptions(bool highest_precision, bool deterministic) {
-  return {highest_precision ? cuda::Precision::kHighest : cuda::Precision::kDefault, deterministic};
+inline cuda::Options ToOptions(const Attributes& a) {
+  return {a.highest_precision ? cuda::Precision::kHighest : cuda::Precision::kDefault, a.deterministic};
 }
 
 }  // namespace jax_dcn

@@ -34,35 +34,26 @@ ffi::Error Run(bool (*Kernels::*kernel)(const Geometry&, const Arrays&, Workers&
 }
 
 ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
-                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride, Pair padding,
-                        Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
-                        bool highest_precision) {
+                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, const Attributes& attributes) {
   Checker check;
-  auto call =
-      check.Forward(x, offset, weight, optional, y, {stride, padding, dilation, groups, deform_groups, nchw, has_mask});
-  call.arrays.round_samples = !highest_precision;
+  const auto call = check.Forward(x, offset, weight, optional, y, attributes);
   return check.ok() ? Run(&Kernels::forward, call.geometry, call.arrays, pool) : check.error();
 }
 
 ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
                                 ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets gradients,
-                                Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t deform_groups,
-                                bool nchw, bool has_mask, bool grad_x, bool grad_offset, bool grad_mask,
-                                bool grad_weight, bool grad_bias, bool highest_precision) {
+                                const BackwardAttributes& attributes) {
   Checker check;
-  auto call = check.Backward(grad_y, x, offset, weight, optional, gradients,
-                             {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
-                             {grad_x, grad_offset, grad_mask, grad_weight, grad_bias});
-  call.arrays.round_samples = !highest_precision;
+  const auto call = check.Backward(grad_y, x, offset, weight, optional, gradients, attributes);
   return check.ok() ? Run(&Kernels::backward, call.geometry, call.arrays, pool) : check.error();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dCpu, DeformConv2d,
-                              BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attr<bool>("highest_precision"));
+                              BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attrs<Attributes>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DeformConv2dBackwardCpu, DeformConv2dBackward,
-                              BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attr<bool>("highest_precision"));
+                              BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Attrs<BackwardAttributes>());
 
 }  // namespace jax_dcn

@@ -74,24 +74,22 @@ ffi::Error ToError(const cuda::Status& status, int device) {
 }
 
 template <ffi::ExecutionStage kStage>
-cuda::Options StageOptions(bool highest_precision, bool deterministic) {
-  cuda::Options options = ToOptions(highest_precision, deterministic);
+cuda::Options StageOptions(const Attributes& attributes) {
+  cuda::Options options = ToOptions(attributes);
   options.load_only = kStage == ffi::ExecutionStage::kInitialize;
   return options;
 }
 
 template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer offset,
-                        ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, Pair stride,
-                        Pair padding, Pair dilation, int64_t groups, int64_t deform_groups, bool nchw, bool has_mask,
-                        ffi::Result<Workspace> workspace, bool highest_precision, bool deterministic) {
+                        ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y,
+                        ffi::Result<Workspace> workspace, const Attributes& attributes) {
   Checker check;
-  const auto [g, a] =
-      check.Forward(x, offset, weight, optional, y, {stride, padding, dilation, groups, deform_groups, nchw, has_mask});
+  const auto [g, a] = check.Forward(x, offset, weight, optional, y, attributes);
   if (!check.ok()) return check.error();
-  const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
-  const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options);
-  CheckBuffers(check, nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
+  const cuda::Options options = StageOptions<kStage>(attributes);
+  const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options).Bytes(g);
+  CheckBuffers(check, attributes.nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
   return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, device, stream), device)
                     : check.error();
 }
@@ -99,23 +97,17 @@ ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, f
 template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2dBackward(cudaStream_t stream, int32_t device, ffi::AnyBuffer grad_y, ffi::AnyBuffer x,
                                 ffi::AnyBuffer offset, ffi::AnyBuffer weight, ffi::RemainingArgs optional,
-                                ffi::RemainingRets results, Pair stride, Pair padding, Pair dilation, int64_t groups,
-                                int64_t deform_groups, bool nchw, bool has_mask, bool grad_x, bool grad_offset,
-                                bool grad_mask, bool grad_weight, bool grad_bias, bool highest_precision,
-                                bool deterministic) {
+                                ffi::RemainingRets results, const BackwardAttributes& attributes) {
   Checker check;
-  const auto [g, a] = check.Backward(grad_y, x, offset, weight, optional, results,
-                                     {stride, padding, dilation, groups, deform_groups, nchw, has_mask},
-                                     {grad_x, grad_offset, grad_mask, grad_weight, grad_bias}, 1);
+  const auto [g, a] = check.Backward(grad_y, x, offset, weight, optional, results, attributes, 1);
   if (!check.ok()) return check.error();
   auto last = results.get<Workspace>(results.size() - 1);
   if (!last.has_value()) return last.error();
   const Workspace workspace = **last;
-  const cuda::Options options = StageOptions<kStage>(highest_precision, deterministic);
-  const WantedGradients wanted{grad_x, grad_offset, grad_mask, grad_weight, grad_bias};
-  const int64_t needed = cuda::BackwardWorkspace(g, wanted, a.x.dtype, options);
-  CheckBuffers(check, nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x, a.grad_offset,
-               a.grad_mask, a.grad_weight, a.grad_bias);
+  const cuda::Options options = StageOptions<kStage>(attributes);
+  const int64_t needed = cuda::BackwardWorkspace(g, attributes.wanted, a.x.dtype, options).Bytes(g);
+  CheckBuffers(check, attributes.nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x,
+               a.grad_offset, a.grad_mask, a.grad_weight, a.grad_bias);
   return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, device, stream), device)
                     : check.error();
 }
@@ -123,20 +115,17 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, int32_t device, ffi::AnyBuf
 constexpr auto kInitialize = ffi::ExecutionStage::kInitialize;
 constexpr auto kExecute = ffi::ExecutionStage::kExecute;
 
-template <class Binding>
-auto BindOptions(Binding&& binding) {
-  return std::forward<Binding>(binding).template Attr<bool>("highest_precision").template Attr<bool>("deterministic");
-}
-
 template <ffi::ExecutionStage kStage>
 auto BindForwardStage() {
-  return BindOptions(BindForward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>())
-                         .template Ret<Workspace>());
+  return BindForward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>())
+      .template Ret<Workspace>()
+      .template Attrs<Attributes>();
 }
 
 template <ffi::ExecutionStage kStage>
 auto BindBackwardStage() {
-  return BindOptions(BindBackward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>()));
+  return BindBackward(ffi::Ffi::Bind<kStage>().template Ctx<Stream>().template Ctx<ffi::DeviceOrdinal>())
+      .template Attrs<BackwardAttributes>();
 }
 
 }  // namespace

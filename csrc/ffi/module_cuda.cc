@@ -1,13 +1,16 @@
 // The Python module jax_dcn._native_cuda. It stands apart from _native so that whatever keeps it from loading leaves
 // the CPU kernels in place.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../cuda/kernels.h"
 #include "checks.h"
@@ -19,18 +22,43 @@ namespace py = pybind11;
 namespace jax_dcn {
 namespace {
 
-using IntPair = std::array<int64_t, 2>;
-using Dimensions = std::array<int64_t, 4>;
+using xla::ffi::StructMember;
 
-template <size_t n>
-Pair Span(const std::array<int64_t, n>& values) {
-  return {values.data(), n};
+template <class T>
+T FromPython(const py::handle& value) {
+  if constexpr (std::is_same_v<T, Pair>) {
+    const auto pair = value.cast<py::array_t<int64_t>>();  // the caller keeps it
+    return {pair.data(), static_cast<size_t>(pair.size())};
+  } else {
+    return value.cast<T>();
+  }
 }
 
-Geometry ToGeometry(const Dimensions& x, const Dimensions& weight, const Attributes& attributes) {
+// The attributes of a call from the keyword arguments that name them.
+template <class T, class... Members>
+T FromKeywords(const py::kwargs& keywords, const StructMember<Members>&... members) {
+  if (keywords.size() != sizeof...(Members)) throw py::type_error("jax_dcn: these are not a call's attributes");
+  return {FromPython<Members>(keywords[py::str(members.name.data(), members.name.size())])...};
+}
+
+using Dimensions = std::array<int64_t, 4>;
+using KnownDimensions = std::array<std::optional<int64_t>, 4>;
+
+// The geometry of a call, or where some of the batch, height and width of x are not known, one that stands for all.
+Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const Attributes& a) {
+  // What is not known is as small as it may be, as far as the check goes.
+  Dimensions least;
+  for (size_t i = 0; i < least.size(); ++i) {
+    const bool spatial = i == 1 || i == 2;
+    least[i] = x[i].value_or(spatial ? a.dilation[i - 1] * (weight[i - 1] - 1) + 1 : 1);
+  }
   Checker check;
-  const Geometry g = check.ToGeometry(Span(x), Span(weight), attributes);
+  Geometry g = check.ToGeometry({least.data(), least.size()}, {weight.data(), weight.size()}, a);
   if (!check.ok()) throw std::invalid_argument(check.error().message());
+  if (!(x[0] && x[1] && x[2])) {
+    g.batch = cuda::kManyPixels;
+    g.height = g.width = g.h_out = g.w_out = 1;
+  }
   return g;
 }
 
@@ -42,25 +70,22 @@ DType ToDType(const std::string& name) {
   throw std::invalid_argument("jax_dcn: unsupported type " + name);
 }
 
-// The bytes of work space that a handler wants. They take the handlers' attributes by name.
-
-int64_t ForwardWorkspace(const Dimensions& x, const Dimensions& weight, const std::string& dtype, const IntPair& stride,
-                         const IntPair& padding, const IntPair& dilation, int64_t groups, int64_t deform_groups,
-                         bool nchw, bool has_mask, bool highest_precision, bool deterministic) {
-  const Geometry g =
-      ToGeometry(x, weight, {Span(stride), Span(padding), Span(dilation), groups, deform_groups, nchw, has_mask});
-  return cuda::ForwardWorkspace(g, ToDType(dtype), ToOptions(highest_precision, deterministic));
+py::tuple ToTuple(const cuda::WorkspaceSize& size) {
+  return py::make_tuple(size.constant, size.per_input_pixel, size.per_output_pixel);
 }
 
-int64_t BackwardWorkspace(const Dimensions& x, const Dimensions& weight, const std::string& dtype,
-                          const IntPair& stride, const IntPair& padding, const IntPair& dilation, int64_t groups,
-                          int64_t deform_groups, bool nchw, bool has_mask, bool grad_x, bool grad_offset,
-                          bool grad_mask, bool grad_weight, bool grad_bias, bool highest_precision,
-                          bool deterministic) {
-  const Geometry g =
-      ToGeometry(x, weight, {Span(stride), Span(padding), Span(dilation), groups, deform_groups, nchw, has_mask});
-  return cuda::BackwardWorkspace(g, {grad_x, grad_offset, grad_mask, grad_weight, grad_bias}, ToDType(dtype),
-                                 ToOptions(highest_precision, deterministic));
+// The formula of the work space that a handler wants, by the handler's attributes.
+
+py::tuple ForwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
+                           const py::kwargs& attributes) {
+  const auto a = FromKeywords<Attributes>(attributes, JAX_DCN_ATTRIBUTES);
+  return ToTuple(cuda::ForwardWorkspace(ToGeometry(x, weight, a), ToDType(dtype), ToOptions(a)));
+}
+
+py::tuple BackwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
+                            const py::kwargs& attributes) {
+  const auto a = FromKeywords<BackwardAttributes>(attributes, JAX_DCN_BACKWARD_ATTRIBUTES);
+  return ToTuple(cuda::BackwardWorkspace(ToGeometry(x, weight, a), a.wanted, ToDType(dtype), ToOptions(a)));
 }
 
 }  // namespace
@@ -83,11 +108,6 @@ PYBIND11_MODULE(_native_cuda, m) {
     return handlers;
   });
   m.def("architectures", [] { return jax_dcn::cuda::Architectures(); });
-  m.def("forward_workspace", jax_dcn::ForwardWorkspace, arg("x"), arg("weight"), arg("dtype"), py::kw_only(),
-        arg("stride"), arg("padding"), arg("dilation"), arg("groups"), arg("deform_groups"), arg("nchw"),
-        arg("has_mask"), arg("highest_precision"), arg("deterministic"));
-  m.def("backward_workspace", jax_dcn::BackwardWorkspace, arg("x"), arg("weight"), arg("dtype"), py::kw_only(),
-        arg("stride"), arg("padding"), arg("dilation"), arg("groups"), arg("deform_groups"), arg("nchw"),
-        arg("has_mask"), arg("grad_x"), arg("grad_offset"), arg("grad_mask"), arg("grad_weight"), arg("grad_bias"),
-        arg("highest_precision"), arg("deterministic"));
+  m.def("forward_workspace", jax_dcn::ForwardWorkspace, arg("x"), arg("weight"), arg("dtype"));
+  m.def("backward_workspace", jax_dcn::BackwardWorkspace, arg("x"), arg("weight"), arg("dtype"));
 }

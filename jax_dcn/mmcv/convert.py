@@ -1,20 +1,10 @@
-"""Layouts: a state dict becomes Flax's parameters, and the other way round.
-
-mmcv, PyTorch                            Flax
-weight (C_out, C_in/groups, kh, kw)      kernel (kh, kw, C_in/groups, C_out)
-weight (C_out, C_in)                     kernel (C_in, C_out)
-weight (C,) of a norm                    scale (C,)
-running_mean, running_var                mean, var
-bias, and every other name               the same
-"""
+"""A state dict becomes Flax's parameters, and the other way round; `tree` says how they differ."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint, read_checkpoint
+from jax_dcn.mmcv.tree import entries_of, is_a, joined_name, named, replaced, to_flax, to_torch, torch_shape
 
 _LOG = logging.getLogger("jax_dcn.mmcv")
 
@@ -82,7 +73,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[
         *path, leaf = key.split(".")
         if leaf == "weight":
             leaf = "kernel" if array.ndim > 1 else "scale"
-            array = _to_flax(leaf, array)
+            array = to_flax(leaf, array)
         leaf = {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf)
         place = "/".join([*path, leaf])
         node: Any = tree
@@ -114,16 +105,16 @@ def to_state_dict(source: Any, prefix: str = "", *, names: Mapping[str, Any] | N
       TypeError: another source, or an abstract one.
       ValueError: two parameters that would have one name.
     """
-    if not isinstance(source, Mapping) and not _is_a("nnx", "Module", source):
+    if not isinstance(source, Mapping) and not is_a("nnx", "Module", source):
         raise TypeError(
             f"to_state_dict: source must be an nnx module, linen variables or nested dicts, got {type(source).__name__}"
         )
     prefix = prefix and prefix.removesuffix(".") + "."
     state_dict = {}
-    for entry in _named(_entries(source), names or (), joined=isinstance(source, Mapping)):
+    for entry in named(entries_of(source), names or (), joined=isinstance(source, Mapping)):
         if isinstance(entry.array, jax.ShapeDtypeStruct):
             raise TypeError(f"to_state_dict: source must not be abstract, got only the shape of {entry.key}")
-        array = _to_torch(entry.leaf, np.asarray(entry.array))
+        array = to_torch(entry.leaf, np.asarray(entry.array))
         if entry.leaf == _COUNTER:
             array = array.astype(np.int64)  # which JAX only has with jax_enable_x64
         state_dict[prefix + entry.key] = array
@@ -163,19 +154,19 @@ def load_into(
       TypeError: a linen module without inputs, something that is not a module, or complex numbers for real ones.
       ValueError: as in `load_checkpoint`.
     """
-    nnx_module = _is_a("nnx", "Module", module)
-    if _is_a("linen", "Module", module):
+    nnx_module = is_a("nnx", "Module", module)
+    if is_a("linen", "Module", module):
         module = _linen_variables(module, inputs)
     elif not nnx_module and not isinstance(module, Mapping):
         raise TypeError(f"load_into: module must be a Flax module or variables, got {type(module).__name__}")
-    entries = list(_entries(module))
+    entries = list(entries_of(module))
     if prefix or not isinstance(state_dict, StateDict):
         own = {name for entry in entries for name in (entry.key, entry.flax_key)}
         state_dict = read_checkpoint(
-            state_dict, prefix, keep=lambda name: (name if nnx_module else _joined(name)) in own
+            state_dict, prefix, keep=lambda name: (name if nnx_module else joined_name(name)) in own
         )
     arrays = state_dict
-    entries = list(_named(entries, arrays, joined=not nnx_module))
+    entries = list(named(entries, arrays, joined=not nnx_module))
 
     keys = {entry.key for entry in entries}
     given = {entry.path for entry in entries if entry.key in arrays}
@@ -184,7 +175,7 @@ def load_into(
     misshaped = {
         entry.key: (arrays[entry.key].shape, expected)
         for entry in entries
-        if entry.key in arrays and arrays[entry.key].shape != (expected := _torch_shape(entry))
+        if entry.key in arrays and arrays[entry.key].shape != (expected := torch_shape(entry))
     }
     # An abstract parameter has no value to keep.
     abstract = {entry.key for entry in entries if isinstance(entry.array, jax.ShapeDtypeStruct)}
@@ -206,162 +197,19 @@ def load_into(
         if entry.leaf == _COUNTER and entry.path not in given and entry.key in abstract:
             array = np.zeros((), np.int64)
         if array is not None:
-            array = _to_flax(entry.leaf, array).astype(entry.array.dtype)
+            array = to_flax(entry.leaf, array).astype(entry.array.dtype)
             loaded[entry.path] = jax.device_put(array, getattr(entry.array, "sharding", None))
             if nnx_module:
                 entry.variable.set_value(loaded[entry.path])
-    return module if nnx_module else _replaced(module, loaded)
-
-
-# --- names and layouts ---
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A parameter of a module or tree, under the name that it has in a state dict."""
-
-    key: str
-    flax_key: str  # where the last name is Flax's
-    leaf: str  # the last name in Flax, which decides the layout; empty where torch has the same parameter by that name
-    path: tuple[Any, ...]  # the same for all names of an nnx variable
-    array: Any
-    variable: Any = None  # nnx's
-
-
-def _entries(source: Any) -> Iterator[_Entry]:
-    if _is_a("nnx", "Module", source):
-        leaves = list(_nnx_leaves(source))
-    else:
-        # linen's collections, "params" and "batch_stats", are no part of a name.
-        collections = isinstance(source.get("params"), Mapping)
-        leaves = [(path[collections:], path, array, None) for path, array in _flat(source)]
-    names = {name for name, *_ in leaves}
-    keys: dict[str, str] = {}
-    for name, path, array, variable in leaves:
-        *parents, leaf = name
-
-        def beside(*others: str, parents: list[Any] = parents) -> bool:
-            return any((*parents, other) in names for other in others)
-
-        torch_leaf = leaf
-        if leaf in ("kernel", "embedding") and not beside("weight"):
-            torch_leaf = "weight"
-        elif leaf == "scale" and len(array.shape) == 1 and not beside("weight", "kernel", "embedding"):  # a norm's
-            torch_leaf = "weight"
-        elif leaf in ("mean", "var") and beside("mean") and beside("var"):
-            torch_leaf = f"running_{leaf}"
-        key, flax_key = (".".join(map(str, [*parents, last])) for last in (torch_leaf, leaf))
-        if key in keys:
-            raise ValueError(f"{keys[key]} and {flax_key} would both be {key} in a state dict")
-        keys[key] = flax_key
-        # A kernel beside a weight is not one of Flax's.
-        yield _Entry(key, flax_key, str(leaf) if key != flax_key or leaf != "kernel" else "", path, array, variable)
-
-
-def _named(entries: Iterable[_Entry], names: Iterable[str], *, joined: bool) -> Iterator[_Entry]:
-    """The entries under those of the names that mean them.
-
-    Where only the name in Flax is among them, it is not one of Flax's own parameters, whose names torch does not use.
-    """
-    wanted = {_joined(name) if joined else name: name for name in names}
-    for entry in entries:
-        if entry.key in wanted:
-            yield dataclasses.replace(entry, key=wanted[entry.key])
-        elif entry.flax_key in wanted:
-            yield dataclasses.replace(entry, key=wanted[entry.flax_key], leaf="")
-        else:
-            yield entry
-
-
-def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Any, Any]]:
-    from flax import nnx
-
-    # Each node once. A node that is in several places has the other paths in `shared`; those within itself are cycles.
-    nodes = dict(nnx.iter_graph(module))
-    shared = [
-        (first, other)
-        for first, *others in nnx.find_duplicates(module)
-        for other in others
-        if other[: len(first)] != first
-    ]
-
-    def all_paths(path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        yield path
-        for first, other in shared:
-            if path[: len(first)] == first:
-                yield from all_paths(other + path[len(first) :])
-
-    sequential = {
-        alias for path, node in nodes.items() if isinstance(node, nnx.Sequential) for alias in all_paths(path)
-    }
-    for path, variable in nodes.items():
-        if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState):
-            for alias in dict.fromkeys(all_paths(path)):
-                # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
-                name = tuple(
-                    part for depth, part in enumerate(alias) if not (part == "layers" and alias[:depth] in sequential)
-                )
-                yield name, path, variable.get_value(), variable
-
-
-def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def _replaced(tree: Mapping[str, Any], arrays: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> Any:
-    return {
-        name: _replaced(value, arrays, (*path, name))
-        if isinstance(value, Mapping)
-        else arrays.get((*path, name), value)
-        for name, value in tree.items()
-    }
-
-
-def _joined(key: str) -> str:
-    """A state dict's name as linen would have it: the numbers of lists joined to the name before."""
-    *parents, leaf = key.split(".")
-    names = []
-    for name in parents:
-        if name.isdigit() and names:
-            names[-1] += f"_{name}"
-        else:
-            names.append(name)
-    return ".".join([*names, leaf])
-
-
-def _to_flax(leaf: str, array: np.ndarray) -> np.ndarray:
-    return np.moveaxis(array, (0, 1), (-1, -2)) if leaf == "kernel" and array.ndim > 1 else array
-
-
-def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
-    moved = np.moveaxis(array, (-1, -2), (0, 1)) if leaf == "kernel" and array.ndim > 1 else array
-    return np.array(moved, order="C")
-
-
-def _torch_shape(entry: _Entry) -> tuple[int, ...]:
-    shape = tuple(entry.array.shape)
-    return (shape[-1], shape[-2], *shape[:-2]) if entry.leaf == "kernel" and len(shape) > 1 else shape
-
-
-# --- what is given ---
-
-
-def _is_a(api: str, name: str, value: Any) -> bool:
-    """Whether a value is of Flax's class. Flax is loaded if it is."""
-    flax = sys.modules.get(f"flax.{api}")
-    return flax is not None and isinstance(value, getattr(flax, name))
+    return module if nnx_module else replaced(module, loaded)
 
 
 def _linen_variables(module: Any, inputs: Sequence[Any] | None) -> Mapping[str, Any]:
     """The abstract variables of a linen module."""
-    from jax_dcn import _layers
+    from jax_dcn._layers.conv import Layer
 
     if inputs is None:
-        if not isinstance(module, _layers.Layer):
+        if not isinstance(module, Layer):
             raise TypeError("load_into: a linen module knows its parameters only from its inputs: pass inputs=(x, ...)")
         inputs = module._smallest_inputs[: len(inspect.signature(module).parameters)]
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)

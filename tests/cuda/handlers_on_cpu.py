@@ -10,7 +10,7 @@ import os
 import jax
 from jax.interpreters import mlir
 
-from jax_dcn import lowering, native, primitives
+from jax_dcn._operator import lowering, native, primitives
 
 spec = importlib.util.spec_from_file_location("_native_cuda", os.environ["CUDA_HANDLERS_ON_CPU"])
 native._native_cuda = importlib.util.module_from_spec(spec)
@@ -36,13 +36,16 @@ def launched(device=0):
 
 
 native.call = call
-tangent = lowering._deform_conv2d_tangent_by(lowering._deform_conv2d_cuda)
 for primitive, kernel, xla in (
-    (primitives.deform_conv2d_p, lowering._deform_conv2d_cuda, lowering.deform_conv2d_xla),
-    (primitives.deform_conv2d_tangent_p, tangent, lowering.deform_conv2d_tangent_xla),
-    (primitives.deform_conv2d_backward_p, lowering._deform_conv2d_backward_cuda, lowering.deform_conv2d_backward_xla),
+    (primitives.deform_conv2d_p, lowering.deform_conv2d_cuda, lowering.deform_conv2d_xla),
+    (
+        primitives.deform_conv2d_tangent_p,
+        lowering.tangent_by(lowering.deform_conv2d_cuda),
+        lowering.deform_conv2d_tangent_xla,
+    ),
+    (primitives.deform_conv2d_backward_p, lowering.deform_conv2d_backward_cuda, lowering.deform_conv2d_backward_xla),
 ):
-    rule = lowering._lowerings(xla, {"cpu": kernel})["cpu"]
+    rule = lowering.choosing(xla, kernel)
     mlir.register_lowering(primitive, mlir.lower_fun(rule, multiple_results=True), platform="cpu")
 
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from programs import Thunks
 
 import jax_dcn
-from jax_dcn import native
+from jax_dcn._operator import native
 
 nnx = pytest.importorskip("flax.nnx")
 if importlib.util.find_spec("jax_cuda13_plugin") is None:

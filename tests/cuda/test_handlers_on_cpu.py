@@ -117,7 +117,7 @@ def test_the_smoke_test_finds_faults(fault, handlers):
 import sys
 sys.path[:0] = [{str(TOP / "scripts")!r}, {str(TOP / "tests")!r}]
 import handlers_on_cpu, itertools, jax, gpu_smoke
-from jax_dcn import native
+from jax_dcn._operator import native
 
 jax.config.update("jax_enable_x64", True)
 call, runs, results = native.call, itertools.count(), gpu_smoke.results
@@ -162,7 +162,7 @@ CHANGES = {
 def test_what_the_handler_refuses(message, handlers):
     code = f"""
 import handlers_on_cpu, jax, jax.numpy as jnp, jax_dcn, numpy as np
-from jax_dcn import native
+from jax_dcn._operator import native
 
 def call():
     x, offset, weight = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 4, 4, 2)), jnp.ones((1, 1, 4, 4))

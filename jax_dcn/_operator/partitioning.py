@@ -1,9 +1,9 @@
 """How a primitive runs on the devices of a mesh: each computes its own part, and sums what all contribute to.
 
-Devices share the images, the output channels, or both. With several weight groups they share the groups, input
-channels included, if every deform group lies within one of them or there is only one deform group. Anything else is
-replicated: a sample reads the whole image and all its channels of a group. So are images, channels and groups that do
-not divide among the devices, as XLA would pad the last shard, and what it pads with must not enter a sum.
+Devices share the images, the output channels, or both. With several weight groups they share the units that
+`Geometry.units` counts, input channels included. Anything else is replicated: a sample reads the whole image and all
+its channels of a unit. So are images, channels and units that do not divide among the devices, as XLA would pad the
+last shard, and what it pads with must not enter a sum.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jax.extend import core
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_dcn import _compat
-from jax_dcn.geometry import Geometry
-from jax_dcn.lowering import DOT
+from jax_dcn._operator import compat
+from jax_dcn._operator.geometry import Geometry
+from jax_dcn._operator.operands import array_of, channel_axis, is_per_image
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Bound:
     """A primitive and its parameters."""
 
     primitive: core.Primitive
@@ -50,16 +50,16 @@ def partitioned(primitive: core.Primitive, rule: Callable[..., Any]) -> Callable
     here = mlir.lower_fun(rule, multiple_results=True)
 
     def lower(ctx, *operands, names, geometry, **others):
-        if not _compat.partitions(ctx):
+        if not compat.partitions(ctx):
             return here(ctx, *operands, names=names, geometry=geometry, **others)
-        call = _Call(primitive, names, geometry, tuple(sorted(others.items())))
+        call = _Bound(primitive, names, geometry, tuple(sorted(others.items())))
         return mlir.lower_fun(functools.partial(_on_all_devices, call), multiple_results=True)(ctx, *operands)
 
     return lower
 
 
 @functools.partial(custom_partitioning, static_argnums=(0,))
-def _on_all_devices(call: _Call, *operands: jax.Array) -> list[jax.Array]:
+def _on_all_devices(call: _Bound, *operands: jax.Array) -> list[jax.Array]:
     return call.bind(*operands)
 
 
@@ -67,19 +67,18 @@ def _on_all_devices(call: _Call, *operands: jax.Array) -> list[jax.Array]:
 
 
 def _channels_shared(geometry: Geometry, mesh) -> bool:
-    """Whether devices may share the output channels, or with several groups the groups."""
-    groups, deform_groups = geometry.groups, geometry.deform_groups
-    if groups == 1:
+    """Whether devices may share the output channels, or with several groups the units."""
+    if geometry.groups == 1:
         return True
-    # Shardy would divide groups among a part of a mesh axis that does not divide them, and JAX fails at that.
-    return (deform_groups == 1 or deform_groups % groups == 0) and not any(groups % n for n in mesh.shape.values())
+    # Shardy would divide units among a part of a mesh axis that does not divide them, and JAX fails at that.
+    return geometry.units > 1 and not any(geometry.units % n for n in mesh.shape.values())
 
 
-def _shared_by_channel(call: _Call, name: str) -> bool:
-    """Whether devices that share the output channels, or the groups, share the array's channels too."""
-    if name in ("y", "weight", "bias"):
+def _shared_by_channel(geometry: Geometry, name: str) -> bool:
+    """Whether devices that share the output channels, or the units, share the array's channels too."""
+    if array_of(name) in ("y", "weight", "bias"):
         return True
-    return call.geometry.groups > 1 and (name == "x" or call.geometry.deform_groups > 1)
+    return geometry.groups > 1 and (array_of(name) == "x" or geometry.deform_groups > 1)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -87,37 +86,27 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def _operand(name: str) -> str:
-    """The operand, or y, that a tangent or a gradient is shaped as."""
-    return name.removesuffix(DOT).removeprefix("grad_")
-
-
-def _channel_axis(geometry: Geometry, name: str) -> int:
-    return {"weight": geometry.out_axis, "bias": 0}.get(name, geometry.channel_axis)
-
-
-def _sharding_rule(call: _Call, mesh, operand_types, result_types) -> tuple[str, dict[str, Any]]:
-    """As Shardy writes it: n are the images, o the output channels, g the groups; no other axis is shared."""
-    groups = call.geometry.groups
-    channels_shared = _channels_shared(call.geometry, mesh)
-    shared = {"n", "g", "o"}
-    sizes = {"g": groups} if groups > 1 and channels_shared else {}
+def _sharding_rule(call: _Bound, mesh, operand_types, result_types) -> tuple[str, dict[str, Any]]:
+    """As Shardy writes it: n are the images, o the output channels, u the units; no other axis is shared."""
+    geometry = call.geometry
+    channels_shared = _channels_shared(geometry, mesh)
+    shared = {"n", "u", "o"}
+    sizes = {"u": geometry.units} if geometry.groups > 1 and channels_shared else {}
 
     def factors(i: int, name: str, shape: Sequence[int]) -> str:
-        name = _operand(name)
         axes = [f"{axis}{i}" for axis in "abcd"[: len(shape)]]
-        if name not in ("weight", "bias"):
+        if is_per_image(name):
             axes[0] = "n"
-        channel = _channel_axis(call.geometry, name)
-        if channels_shared and _shared_by_channel(call, name):
-            if groups == 1:
+        channel = channel_axis(geometry, name)
+        if channels_shared and _shared_by_channel(geometry, name):
+            if geometry.groups == 1:
                 axes[channel] = "o"
-            elif shape[channel] == groups:
-                axes[channel] = "g"
-                sizes.pop("g", None)  # to be named only where no axis tells it
+            elif shape[channel] == geometry.units:
+                axes[channel] = "u"
+                sizes.pop("u", None)  # to be named only where no axis tells it
             else:
-                sizes[axes[channel]] = shape[channel] // groups
-                axes[channel] = f"(g {axes[channel]})"
+                sizes[axes[channel]] = shape[channel] // geometry.units
+                axes[channel] = f"(u {axes[channel]})"
         return " ".join(axes)
 
     names = (*call.names, *call.results)
@@ -132,12 +121,12 @@ def _sharding_rule(call: _Call, mesh, operand_types, result_types) -> tuple[str,
 # --- the part of one device ---
 
 
-def _partition(call: _Call, mesh, arg_shapes, result_shape):
+def _partition(call: _Bound, mesh, arg_shapes, result_shape):
     geometry = call.geometry
-    shapes = {_operand(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
+    shapes = {array_of(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
     # What the partitioner has settled on. The results come first: an operand may still be whole on every device.
     settled = [
-        (_operand(name), array.sharding.spec)
+        (array_of(name), array.sharding.spec)
         for name, array in zip((*call.results, *call.names), (*result_shape, *arg_shapes), strict=True)
     ]
 
@@ -155,34 +144,30 @@ def _partition(call: _Call, mesh, arg_shapes, result_shape):
         return axes
 
     images = dividing(shapes["x"][0], axes_along(lambda name: 0, ("y", "x", "offset", "mask")))
-    outs = ()
+    outs: tuple[str, ...] = ()
     if _channels_shared(geometry, mesh):
-        outs = axes_along(functools.partial(_channel_axis, geometry), ("y", "weight", "bias"))
+        outs = axes_along(functools.partial(channel_axis, geometry), ("y", "weight", "bias"))
         outs = tuple(axis for axis in outs if axis not in images)
-        outs = dividing(geometry.groups if geometry.groups > 1 else shapes["weight"][geometry.out_axis], outs)
+        outs = dividing(geometry.units if geometry.groups > 1 else shapes["weight"][geometry.out_axis], outs)
 
     def sharding(name: str) -> NamedSharding:
-        name = _operand(name)
-        spec: list[Any] = [None] * (1 if name == "bias" else 4)
-        if name not in ("weight", "bias"):
+        spec: list[Any] = [None] * (1 if array_of(name) == "bias" else 4)
+        if is_per_image(name):
             spec[0] = images or None
-        if _shared_by_channel(call, name):
-            spec[_channel_axis(geometry, name)] = outs or None
+        if _shared_by_channel(geometry, name):
+            spec[channel_axis(geometry, name)] = outs or None
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    local = geometry
-    if geometry.groups > 1:
-        deform_groups = max(1, geometry.deform_groups // parts(outs))
-        local = dataclasses.replace(geometry, groups=geometry.groups // parts(outs), deform_groups=deform_groups)
+    local = geometry.divide_units(parts(outs)) if geometry.groups > 1 else geometry
 
     def summed_over(name: str) -> tuple[str, ...]:
         """The mesh axes along which every device has only its part of a sum."""
-        if name in ("weight", "bias"):
+        if not is_per_image(name):
             return images
-        return () if _shared_by_channel(call, name) else outs
+        return () if _shared_by_channel(geometry, name) else outs
 
     def compute(*operands: jax.Array) -> list[jax.Array]:
-        with _compat.no_mesh():
+        with compat.no_mesh():
             results = call.bind(*operands, geometry=local)
             return _sum_over(results, [summed_over(name) for name in call.results])
 

@@ -1,4 +1,4 @@
-"""The primitives and their rules, on operands that `geometry.check_operands` passed.
+"""The primitives and their rules.
 
 `deform_conv2d_p` computes y, `deform_conv2d_tangent_p` how y moves with its operands, and `deform_conv2d_backward_p`
 the gradients that its parameter `wanted` names. The last two are linear, in the tangents and in grad_y, and each
@@ -13,98 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
+from jax.interpreters import batching as jax_batching
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_dcn import _compat, lowering, partitioning
-from jax_dcn.lowering import DOT
-
-# --- batching: the mapped axis is merged with another one, so that one call serves all examples ---
-
-# Operands and gradients that have one entry per image.
-_PER_IMAGE = {"grad_y", "x", "offset", "mask", "x_dot", "offset_dot", "mask_dot"}
-
-
-def _in_front(operand: jax.Array, axis: int | None, size: int) -> jax.Array:
-    if axis is None:
-        return jnp.broadcast_to(operand, (size, *operand.shape))
-    return jnp.moveaxis(operand, axis, 0)
-
-
-def _fold(operand: jax.Array, axis: int | None, size: int, into: int) -> jax.Array:
-    """Merges the mapped axis into axis `into` of the unmapped operand, as the slower index."""
-    operand = _in_front(operand, axis, size)
-    shape = list(operand.shape[1:])
-    shape[into] *= size
-    return jnp.moveaxis(operand, 0, into).reshape(shape)
-
-
-def _unfold(result: jax.Array, size: int, axis: int) -> jax.Array:
-    """Undoes `_fold`: the mapped axis stands at `axis` afterwards."""
-    shape = result.shape
-    return result.reshape(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :])
-
-
-def _fold_in_groups(operand: jax.Array, axis: int | None, size: int, into: int, groups: int) -> jax.Array:
-    """Merges the mapped axis of weight or bias into C_out, which is axis `into`, within each group."""
-    operand = _in_front(operand, axis, size)
-    shape = operand.shape[1:]
-    operand = operand.reshape(size, *shape[:into], groups, shape[into] // groups, *shape[into + 1 :])
-    return jnp.moveaxis(operand, 0, into + 1).reshape(*shape[:into], size * shape[into], *shape[into + 1 :])
-
-
-def _unfold_in_groups(y: jax.Array, size: int, axis: int, groups: int) -> jax.Array:
-    """Undoes `_fold_in_groups`: the mapped axis stands at 0 afterwards."""
-    shape = y.shape
-    y = y.reshape(*shape[:axis], groups, size, shape[axis] // (groups * size), *shape[axis + 1 :])
-    return jnp.moveaxis(y, axis + 1, 0).reshape(size, *shape[:axis], shape[axis] // size, *shape[axis + 1 :])
-
-
-def _batcher(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int | None], **params: Any):
-    geometry, names = params["geometry"], params["names"]
-    mapped = {name: axis for name, axis in zip(names, axes, strict=True) if axis is not None}
-    size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
-    # Output channels for weight and bias, else the array's own channels.
-    channel_axis = {name: geometry.channel_axis for name in (*_PER_IMAGE, "y")}
-    channel_axis |= {"weight": geometry.out_axis, "weight_dot": geometry.out_axis, "bias": 0, "bias_dot": 0}
-
-    if size == 0:
-        example = [
-            jax.ShapeDtypeStruct(_in_front(operand, axis, 0).shape[1:], operand.dtype)
-            for operand, axis in zip(operands, axes, strict=True)
-        ]
-        results = jax.eval_shape(functools.partial(primitive.bind, **params), *example)
-        return [jnp.zeros((0, *result.shape), result.dtype) for result in results], [0] * len(results)
-
-    if mapped.keys() <= _PER_IMAGE >= set(params.get("wanted", ())):
-        # Nothing sums over the images, so the examples are more images.
-        folded = [
-            _fold(operand, axis, size, 0) if name in _PER_IMAGE else operand
-            for name, operand, axis in zip(names, operands, axes, strict=True)
-        ]
-        results = primitive.bind(*folded, **params)
-        return [_unfold(result, size, 0) for result in results], [0] * len(results)
-
-    if "grad_y" not in names and mapped.keys().isdisjoint(_PER_IMAGE):
-        # Only the weight and the bias differ, so the examples are more output channels, and share the samples.
-        folded = [
-            operand if name in _PER_IMAGE else _fold_in_groups(operand, axis, size, channel_axis[name], geometry.groups)
-            for name, operand, axis in zip(names, operands, axes, strict=True)
-        ]
-        (y,) = primitive.bind(*folded, **params)
-        return [_unfold_in_groups(y, size, geometry.channel_axis, geometry.groups)], [0]
-
-    # The examples are more groups.
-    folded = [
-        _fold(operand, axis, size, channel_axis[name])
-        for name, operand, axis in zip(names, operands, axes, strict=True)
-    ]
-    results = primitive.bind(*folded, **dict(params, geometry=geometry.repeat_groups(size)))
-    into = [channel_axis[name] for name in params.get("wanted", ("y",))]
-    return [_unfold(result, size, axis) for result, axis in zip(results, into, strict=True)], into
-
+from jax_dcn._operator import batching, compat, lowering, partitioning
+from jax_dcn._operator.operands import DOT, GRADIENTS, present
 
 # --- deform_conv2d ---
 
@@ -117,8 +32,7 @@ def deform_conv2d(
     bias: jax.Array | None,  # (C_out,)
     **params: Any,
 ) -> jax.Array:  # (N, H_out, W_out, C_out)
-    names, operands = _present(x=x, offset=offset, weight=weight, mask=mask, bias=bias)
-    (y,) = deform_conv2d_p.bind(*operands, names=names, **params)
+    (y,) = _bind(deform_conv2d_p, present(x=x, offset=offset, weight=weight, mask=mask, bias=bias), **params)
     return y
 
 
@@ -153,7 +67,7 @@ def _deform_conv2d_transpose(cotangents, *operands, names, **params):
     # The gradient of what is linear does not read its value.
     primals = given | {name: ad.zeros_like_aval(operand.aval) for name, operand in linear.items()}
     primals.pop("bias", None)
-    wanted = tuple(name for name in lowering.GRADIENTS if name in linear)
+    wanted = tuple(name for name in GRADIENTS if name in linear)
     gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
     gradients = dict(zip(wanted, gradients, strict=True))
     return [gradients.get(name) for name in names]
@@ -169,7 +83,7 @@ def _deform_conv2d_tangent_transpose(cotangents, *operands, names, **params):
     if type(grad_y) is ad.Zero:
         return [ad.Zero(operand.aval) if name in linear else None for name, operand in given.items()]
     primals = {name: operand for name, operand in given.items() if not name.endswith(DOT)}
-    wanted = tuple(name for name in lowering.GRADIENTS if name + DOT in linear)
+    wanted = tuple(name for name in GRADIENTS if name + DOT in linear)
     gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
     gradients = dict(zip(wanted, gradients, strict=True))
     return [gradients.get(name.removesuffix(DOT)) if name in linear else None for name in names]
@@ -185,11 +99,11 @@ def deform_conv2d_backward(
     mask: jax.Array | None,
     weight: jax.Array,
     *,
-    wanted: tuple[str, ...],  # of lowering.GRADIENTS, in that order
+    wanted: tuple[str, ...],  # of operands.GRADIENTS, in that order
     **params: Any,
 ) -> dict[str, jax.Array]:  # the gradients by the names in `wanted`, each of its operand's shape and dtype
-    names, operands = _present(grad_y=grad_y, x=x, offset=offset, weight=weight, mask=mask)
-    gradients = deform_conv2d_backward_p.bind(*operands, names=names, wanted=wanted, **params)
+    operands = present(grad_y=grad_y, x=x, offset=offset, weight=weight, mask=mask)
+    gradients = _bind(deform_conv2d_backward_p, operands, wanted=wanted, **params)
     return dict(zip(wanted, gradients, strict=True))
 
 
@@ -238,9 +152,7 @@ def _second_jvp(primitive, linear_in, xla, primals, tangents, *, names, implemen
     others = {name: tangent for name, tangent in moving.items() if not linear_in(name)}
     if others:
         # These are plain operations, whose types need not say how what they compute is sharded.
-        function = _automatically_sharded(
-            lambda operands: xla(*(operands[name] for name in names), names=names, **params), results
-        )
+        function = _automatically_sharded(lambda operands: xla(operands, **params), results)
         at = {name: operands[name] for name in others}
         terms.append(jax.jvp(lambda moved: function(operands | moved), (at,), (others,))[1])
     return results, [sum(term[1:], term[0]) for term in zip(*terms, strict=True)]
@@ -270,11 +182,6 @@ def _dots(names: Sequence[str], tangents: Sequence[Any]) -> dict[str, jax.Array]
     return {name + DOT: t for name, t in zip(names, tangents, strict=True) if type(t) is not ad.Zero}
 
 
-def _present(**operands: jax.Array | None) -> tuple[tuple[str, ...], list[jax.Array]]:
-    present = {name: operand for name, operand in operands.items() if operand is not None}
-    return tuple(present), list(present.values())
-
-
 def _reshaped(aval, shape: tuple[int, ...], spec: tuple[Any, ...]):
     """An abstract value like `aval` of another shape, sharded along its first axes as `spec` says."""
     sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*spec, *[None] * (len(shape) - len(spec))))
@@ -284,12 +191,12 @@ def _reshaped(aval, shape: tuple[int, ...], spec: tuple[Any, ...]):
 def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | None, Callable[..., Any]]):
     primitive = core.Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
+    primitive.def_impl(functools.partial(compat.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
-    batching.primitive_batchers[primitive] = functools.partial(_batcher, primitive)
+    jax_batching.primitive_batchers[primitive] = functools.partial(batching.batch, primitive)
     for platform, rule in lowerings.items():
         mlir.register_lowering(primitive, partitioning.partitioned(primitive, rule), platform=platform)
-    _compat.requires_devices_during_lowering(primitive)
+    compat.requires_devices_during_lowering(primitive)
     return primitive
 
 
@@ -307,7 +214,7 @@ ad.primitive_jvps[deform_conv2d_tangent_p] = functools.partial(
 deform_conv2d_backward_p = _primitive(
     "deform_conv2d_backward", _deform_conv2d_backward_abstract, lowering.DEFORM_CONV2D_BACKWARD
 )
-_compat.def_dce_rule(deform_conv2d_backward_p, _deform_conv2d_backward_dce)
+compat.def_dce_rule(deform_conv2d_backward_p, _deform_conv2d_backward_dce)
 ad.primitive_transposes[deform_conv2d_backward_p] = _deform_conv2d_backward_transpose
 ad.primitive_jvps[deform_conv2d_backward_p] = functools.partial(
     _second_jvp, deform_conv2d_backward_p, lambda name: name == "grad_y", lowering.deform_conv2d_backward_xla

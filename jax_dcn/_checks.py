@@ -1,83 +1,35 @@
-"""Sizes of a deformable convolution, and the checks of what a caller passes.
+"""From what a caller passes to a Geometry, and the errors where that cannot be.
 
 Everything behind the public functions may assume operands that passed `check_operands`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import operator
+import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_dcn._operator.geometry import MAX_PIXELS, Geometry, Pair
+
 DATA_FORMATS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-# The kernels count pixels, and compute regular coordinates, in 32 bits.
-MAX_PIXELS = 2**31 - 1
-
-Pair = tuple[int, int]
+IMPLEMENTATIONS = ("native", "xla")
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What is static about a deformable convolution apart from the array shapes.
-
-    Pairs are (height, width).
-    """
-
-    kernel_size: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    deform_groups: int = 1
-    data_format: str = "NHWC"
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis of the channels in x, offset, mask and y."""
-        return self.data_format.index("C")
-
-    @property
-    def out_axis(self) -> int:
-        """The axis of C_out in the weight: HWIO goes with NHWC, OIHW with NCHW."""
-        return 3 if self.data_format == "NHWC" else 0
-
-    @property
-    def taps(self) -> int:
-        """Kernel positions, kh * kw."""
-        return self.kernel_size[0] * self.kernel_size[1]
-
-    @property
-    def mask_channels(self) -> int:
-        return self.deform_groups * self.taps
-
-    @property
-    def offset_channels(self) -> int:
-        return self.mask_channels * 2
-
-    def output_size(self, height: int, width: int) -> Pair:
-        """(H_out, W_out) for an image of (height, width)."""
-        return tuple(
-            (n + 2 * p - (d * (k - 1) + 1)) // s + 1
-            for n, k, s, p, d in zip(
-                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-
-    def y_shape(self, offset: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the result for the shapes of an offset and a weight."""
-        shape = list(offset)
-        shape[self.channel_axis] = weight[self.out_axis]
-        return tuple(shape)
-
-    def repeat_groups(self, times: int) -> Geometry:
-        """The geometry of `times` such convolutions, laid side by side along the channels."""
-        return dataclasses.replace(self, groups=self.groups * times, deform_groups=self.deform_groups * times)
+def to_array(name: str, argument: str, value: Any) -> jax.Array:
+    """An array, of JAX or numpy, of one of the dtypes."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
+    if value.dtype.name not in DTYPES:
+        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
+    if not value.dtype.isnative:
+        raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected this machine's byte order")
+    return jnp.asarray(value)
 
 
 def to_integer(name: str, argument: str, value: Any) -> int:
@@ -130,6 +82,14 @@ def to_precision(name: str, precision: Any) -> Any:
         return lax.Precision(precision)
     except ValueError:
         raise ValueError(f"{name}: precision must be one that jax.lax.Precision names, got {precision!r}") from None
+
+
+def implementation() -> str:
+    """What the environment asks for when a function is traced: the kernels, or plain XLA everywhere."""
+    asked = os.environ.get("JAX_DCN_IMPLEMENTATION", "native")
+    if asked not in IMPLEMENTATIONS:
+        raise ValueError(f"JAX_DCN_IMPLEMENTATION must be one of {IMPLEMENTATIONS}, got {asked!r}")
+    return asked
 
 
 def check_data_format(name: str, data_format: Any) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_dcn.geometry import Geometry
+from jax_dcn._operator.geometry import Geometry
 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -124,12 +124,12 @@ def deform_conv2d_backward(
     *,
     geometry: Geometry,
     precision: lax.PrecisionLike = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """The gradients of `deform_conv2d` with respect to x, offset, mask, weight and bias, of their dtypes."""
+) -> dict[str, jax.Array]:
+    """The gradients of `deform_conv2d` by the names of its operands, of their dtypes."""
 
     def forward(x, offset, mask, weight):
         return deform_conv2d(x, offset, mask, weight, None, geometry=geometry, precision=precision)
 
     _, vjp = jax.vjp(forward, x, offset, mask, weight)
     grad_bias = grad_y.sum((0, 1, 2), dtype=accumulation_dtype(x.dtype)).astype(x.dtype)
-    return *vjp(grad_y), grad_bias
+    return dict(zip(("x", "offset", "mask", "weight"), vjp(grad_y), strict=True), bias=grad_bias)

@@ -15,7 +15,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from jax_dcn.geometry import Geometry
+from jax_dcn._operator.geometry import Geometry
 from jax_dcn.version import __version__
 
 # XLA's registry is one per process, so the names carry a prefix.
@@ -26,7 +26,7 @@ DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 def _load(name: str, platform: str) -> tuple[ModuleType | None, str | None]:
     """A native module with its handlers registered, or None and why there is none."""
     try:
-        module = importlib.import_module(f"jax_dcn.{name}")
+        module = importlib.import_module(f"jax_dcn._operator.{name}")
     except ImportError as error:
         return None, str(error)
     for target, handler in module.handlers().items():
@@ -44,7 +44,7 @@ if MISSING is not None:
     )
 
 CUDA_MISSING: str | None
-if importlib.util.find_spec("jax_dcn._native_cuda") is None:
+if importlib.util.find_spec("jax_dcn._operator._native_cuda") is None:
     _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
 else:
     _native_cuda, CUDA_MISSING = _load("_native_cuda", "CUDA")
@@ -55,6 +55,21 @@ else:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets for which there are CPU kernels, worst first."""
+    return _native.cpu_isas() if _native is not None else []
+
+
+def cpu_isa() -> str | None:
+    """The one that is used. None if there is none, or JAX_DCN_CPU_ISA names one that was not built or does not run."""
+    return _native.cpu_isa() if _native is not None else None
+
+
+def cuda_architectures() -> str:
+    """Those for which there are CUDA kernels, such as "75 90 90+PTX"."""
+    return _native_cuda.architectures() if _native_cuda is not None else ""
 
 
 def attributes(operands: dict[str, jax.Array], geometry: Geometry, **flags: bool) -> dict[str, Any]:
@@ -82,40 +97,36 @@ def call(
 
 
 def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    """The work space that the CUDA handler `target` wants as its last result."""
+    """The work space that the CUDA handler `target` wants as its last result, of operands in NHWC."""
     size = _native_cuda.forward_workspace if target == DEFORM_CONV2D else _native_cuda.backward_workspace
-    x, weight = operands["x"], operands["weight"]
-
-    def size_for(batch: int) -> int:
-        return size((batch, *x.shape[1:]), weight.shape, x.dtype.name, **attributes)
-
-    batch = x.shape[0]
-    if isinstance(batch, int):
-        return jax.ShapeDtypeStruct((size_for(batch),), np.uint8)
-    # Exported for any batch. With many images the size is a line; few may need one block more of each of its arrays.
-    many = 2**20
-    line = size_for(2 * many) - size_for(many)
-    shared = size_for(many) - line + size_for(1)
-    return jax.ShapeDtypeStruct((-(-line // many) * batch + shared,), np.uint8)
+    n, height, width, c_in = operands["x"].shape
+    _, h_out, w_out, _ = operands["offset"].shape
+    # Where the program is exported for any size, the formula holds for all.
+    known = [n if isinstance(n, int) else None for n in operands["x"].shape[:3]]
+    constant, per_input_pixel, per_output_pixel = size(
+        (*known, c_in), operands["weight"].shape, operands["x"].dtype.name, **attributes
+    )
+    total = constant + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
+    return jax.ShapeDtypeStruct((total,), np.uint8)
 
 
 def show_config() -> None:
     """Prints versions, the kernels loaded and, where one is missing, why."""
     print(f"jax_dcn  {__version__}")
     print(f"jax      {jax.__version__}, jaxlib {jaxlib.__version__}, python {platform.python_version()}")
-    built = ", ".join(_native.cpu_isas()) if _native else ""
+    built = ", ".join(cpu_isas())
     if os.environ.get("JAX_DCN_IMPLEMENTATION") == "xla":
         print("cpu      plain XLA: JAX_DCN_IMPLEMENTATION=xla")
     elif MISSING is not None:
         print(f"cpu      plain XLA: the native module could not be loaded: {MISSING}")
-    elif _native.cpu_isa() is None:
+    elif cpu_isa() is None:
         asked = os.environ.get("JAX_DCN_CPU_ISA")
         print(f"cpu      none: JAX_DCN_CPU_ISA={asked} was not built or does not run here ({built} built)")
     else:
-        print(f"cpu      kernels for {_native.cpu_isa()} ({built} built)")
+        print(f"cpu      kernels for {cpu_isa()} ({built} built)")
     if os.environ.get("JAX_DCN_IMPLEMENTATION") == "xla":
         print("cuda     plain XLA: JAX_DCN_IMPLEMENTATION=xla")
     elif CUDA_MISSING is not None:
         print(f"cuda     plain XLA: {CUDA_MISSING}")
     else:
-        print(f"cuda     kernels for the architectures {_native_cuda.architectures()}")
+        print(f"cuda     kernels for the architectures {cuda_architectures()}")

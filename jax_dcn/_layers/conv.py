@@ -1,4 +1,4 @@
-"""What linen.py and nnx.py share: the arguments of the layers, and all of their work that needs no Flax."""
+"""The convolutions: the arguments of the layers, and all of their work that needs no Flax."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from jax import lax
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
+from jax_dcn._checks import check_data_format, to_count, to_pair
+from jax_dcn._operator.geometry import Geometry, Pair
 from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
-from jax_dcn.geometry import Geometry, Pair, check_data_format, to_count, to_pair
 
 Initializer = initializers.Initializer
 

@@ -1,9 +1,4 @@
-"""mmdet's backbones with deformable convolutions, and its feature pyramid, for Flax's nnx.
-
-Their arguments, state-dict keys and numbers are those of mmdet 3.3.0, so that `jax_dcn.mmcv.load_into` fills them from
-mmdet's checkpoints. Images and feature maps are NCHW, as there, unless data_format says otherwise; inside, the channels
-come last, which the kernels and XLA prefer.
-"""
+"""mmdet's ResNet and ResNeXt."""
 
 from __future__ import annotations
 
@@ -13,59 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
-from jax_dcn.geometry import check_data_format, to_count, to_integer
-
-try:
-    from flax import nnx
-except ModuleNotFoundError as error:
-    raise ImportError("jax_dcn.models needs Flax: pip install jax_dcn[flax]") from error
-
+from jax_dcn._checks import check_data_format, to_count, to_integer
+from jax_dcn.models.common import BatchNorm, conv, freeze, freeze_parameters, trains_norms
 from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
-
-__all__ = ["FPN", "BatchNorm", "FrozenParam", "ResNeXt", "ResNet"]
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _DCN = {"DCN": DeformConv2dPack, "DCNv2": ModulatedDeformConv2dPack}
-_NORMS = ("BN", "BN2d", "SyncBN")
-
-# mmdet's, which unlike Flax's default counts the output's channels, and does not cut the tails off.
-_KAIMING = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class FrozenParam(nnx.Variable):
-    """A parameter that is not trained: neither a gradient nor an optimizer with `wrt=nnx.Param` touches it."""
-
-
-class BatchNorm(nnx.BatchNorm):
-    """torch's BatchNorm2d: `nnx.BatchNorm` with torch's defaults, unbiased running variance and counter of batches.
-
-    x has its channels last, and the result x's shape. Under `jit` the statistics are those of the whole batch on all
-    devices, as SyncBN's are.
-
-    Args:
-      channels: of x.
-      norm_eval: whether to use the running statistics, and leave them as they are, in training too.
-      rngs, dtype, param_dtype: as in `nnx.BatchNorm`.
-    """
-
-    def __init__(self, channels: int, *, norm_eval: bool = False, rngs: nnx.Rngs, **dtypes: Any):
-        super().__init__(channels, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
-        self.norm_eval = norm_eval
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
-        if self.norm_eval or self.use_running_average:
-            return super().__call__(x, use_running_average=True)
-        before = self.momentum * self.var[...]
-        y = super().__call__(x, use_running_average=False)
-        count = x.size // x.shape[-1]
-        self.var[...] = before + (self.var[...] - before) * (count / max(count - 1, 1))
-        self.num_batches_tracked[...] += 1
-        return y
 
 
 class Bottleneck(nnx.Module):
@@ -92,10 +43,10 @@ class Bottleneck(nnx.Module):
         stride1, stride2 = (1, stride) if style == "pytorch" else (stride, 1)
         out_channels = planes * self.expansion
         norm = dict(norm_eval=norm_eval, rngs=rngs, **dtypes)
-        self.conv1 = _conv(in_channels, width, 1, stride1, rngs=rngs, **dtypes)
+        self.conv1 = conv(in_channels, width, 1, stride1, rngs=rngs, **dtypes)
         self.bn1 = BatchNorm(width, **norm)
         if dcn is None:
-            self.conv2 = _conv(width, width, 3, stride2, dilation, groups, rngs=rngs, **dtypes)
+            self.conv2 = conv(width, width, 3, stride2, dilation, groups, rngs=rngs, **dtypes)
         else:
             self.conv2 = _DCN[dcn["type"]](
                 *(width, width, 3, stride2, dilation, dilation, groups, dcn["deform_groups"]),
@@ -105,13 +56,13 @@ class Bottleneck(nnx.Module):
                 **dtypes,
             )
         self.bn2 = BatchNorm(width, **norm)
-        self.conv3 = _conv(width, out_channels, 1, rngs=rngs, **dtypes)
+        self.conv3 = conv(width, out_channels, 1, rngs=rngs, **dtypes)
         self.bn3 = BatchNorm(out_channels, **norm)
         if zero_init_residual:
             self.bn3.scale[...] = jnp.zeros_like(self.bn3.scale[...])
         self.downsample = nnx.List([])
         if stride != 1 or in_channels != out_channels:
-            shortcut = _conv(in_channels, out_channels, 1, stride, rngs=rngs, **dtypes)
+            shortcut = conv(in_channels, out_channels, 1, stride, rngs=rngs, **dtypes)
             self.downsample.extend([shortcut, BatchNorm(out_channels, **norm)])
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (N, H, W, in_channels) -> (N, H/stride, W/stride, 4*planes)
@@ -210,12 +161,12 @@ class ResNet(nnx.Module):
         if not -1 <= to_integer(name, "frozen_stages", frozen_stages) <= num_stages:
             raise ValueError(f"{name}: frozen_stages must be from -1 to {num_stages}, got {frozen_stages}")
         fallback, dcn = _check_dcn(name, dcn)
-        norms_trained = _check_norm(name, norm_cfg)
+        norms_trained = trains_norms(name, norm_cfg)
         self.data_format, self.in_channels, self.out_indices = data_format, in_channels, tuple(out_indices)
         dtypes = dict(dtype=dtype, param_dtype=param_dtype)
 
         channels = base_channels if stem_channels is None else stem_channels
-        self.conv1 = _conv(in_channels, channels, 7, 2, rngs=rngs, **dtypes)
+        self.conv1 = conv(in_channels, channels, 7, 2, rngs=rngs, **dtypes)
         self.bn1 = BatchNorm(channels, norm_eval=norm_eval, rngs=rngs, **dtypes)
         plain_blocks = int(fallback and self._falls_back)  # deformable blocks that are left plain
         for stage in range(num_stages):
@@ -245,14 +196,14 @@ class ResNet(nnx.Module):
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
 
         if frozen_stages >= 0:
-            _freeze(self.conv1)
-            _freeze(self.bn1)
+            freeze(self.conv1)
+            freeze(self.bn1)
         for stage in range(frozen_stages):
-            _freeze(self._stage(stage))
+            freeze(self._stage(stage))
         if not norms_trained:
             for _, node in nnx.iter_graph(self):
                 if isinstance(node, BatchNorm):
-                    _freeze_parameters(node)
+                    freeze_parameters(node)
 
     def _stage(self, stage: int) -> nnx.List:
         return getattr(self, f"layer{stage + 1}")
@@ -295,169 +246,6 @@ class ResNeXt(ResNet):
     _falls_back = False
 
 
-class FPN(nnx.Module):
-    """mmdet's feature pyramid (Lin et al. 2016, https://arxiv.org/abs/1612.03144), without normalisation.
-
-    Args:
-      in_channels: channels of every input map.
-      out_channels: channels of every output map.
-      num_outs: number of output maps.
-      start_level: index of the first input map used (default 0).
-      end_level: index of the last one (default -1, the last there is).
-      add_extra_convs: where the outputs beyond the inputs come from: False (default), by subsampling the last output;
-        "on_input" or True, "on_lateral" or "on_output", by convolutions of stride 2, first of the last input, of its
-        lateral convolution or of the last output, then of one another.
-      relu_before_extra_convs: whether a ReLU comes before the second and the further extra convolutions (default
-        False).
-      data_format: "NCHW" (default) or "NHWC", that of all maps.
-      dtype, param_dtype, rngs: as in `ResNet`.
-
-    Raises:
-      ValueError: arguments that do not fit one another.
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: int,
-        num_outs: int,
-        start_level: int = 0,
-        end_level: int = -1,
-        add_extra_convs: bool | str = False,
-        relu_before_extra_convs: bool = False,
-        *,
-        data_format: str = "NCHW",
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        check_data_format("FPN", data_format)
-        last = len(in_channels) - 1
-        end = last if end_level == -1 else end_level
-        if not 0 <= start_level <= end <= last:
-            raise ValueError(
-                f"FPN: start_level ({start_level}) and end_level ({end_level}) must be inputs, from 0 to {last}"
-            )
-        levels = end - start_level + 1
-        if num_outs < levels or (end < last and num_outs != levels):
-            raise ValueError(
-                f"FPN: num_outs is {num_outs}, expected {levels} = levels from start_level to end_level"
-                + " or more" * (end == last)
-            )
-        if add_extra_convs not in (False, True, "on_input", "on_lateral", "on_output"):
-            raise ValueError(
-                "FPN: add_extra_convs must be False, True, 'on_input', 'on_lateral' or 'on_output', "
-                f"got {add_extra_convs!r}"
-            )
-        self.data_format, self.in_channels, self.num_outs = data_format, tuple(in_channels), num_outs
-        self.start_level, self.end_level = start_level, end
-        self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
-        self.relu_before_extra_convs = relu_before_extra_convs
-
-        options = dict(bias=True, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        options["kernel_init"] = nnx.initializers.xavier_uniform()
-        self.lateral_convs = nnx.List(
-            _ConvModule(in_channels[level], out_channels, 1, **options) for level in range(start_level, end + 1)
-        )
-        self.fpn_convs = nnx.List(_ConvModule(out_channels, out_channels, 3, **options) for _ in range(levels))
-        for extra in range(num_outs - levels if self.add_extra_convs else 0):
-            channels = in_channels[end] if extra == 0 and self.add_extra_convs == "on_input" else out_channels
-            self.fpn_convs.append(_ConvModule(channels, out_channels, 3, 2, **options))
-
-    def __call__(self, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Computes the pyramid.
-
-        Args:
-          inputs: maps (N, in_channels[i], H_i, W_i), or (N, H_i, W_i, in_channels[i]) for NHWC.
-
-        Returns:
-          num_outs maps (N, out_channels, H, W), or with the channels last for NHWC: the first of the sizes of the
-          inputs used, then each of half the size before.
-
-        Raises:
-          ValueError: another number of inputs.
-        """
-        if len(inputs) != len(self.in_channels):
-            raise ValueError(f"FPN: got {len(inputs)} inputs, expected {len(self.in_channels)}")
-        axis = self.data_format.index("C")
-        inputs = [jnp.moveaxis(x, axis, 3) for x in inputs[self.start_level : self.end_level + 1]]
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
-        for level in range(len(laterals) - 1, 0, -1):
-            laterals[level - 1] += _resize_nearest(laterals[level], laterals[level - 1].shape[1:3])
-        outs = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
-        x = {"on_input": inputs[-1], "on_lateral": laterals[-1]}.get(self.add_extra_convs, outs[-1])
-        for level in range(len(laterals), self.num_outs):
-            if self.add_extra_convs:
-                if self.relu_before_extra_convs and level > len(laterals):
-                    x = nnx.relu(x)
-                x = self.fpn_convs[level](x)
-            else:
-                x = x[:, ::2, ::2]
-            outs.append(x)
-        return tuple(jnp.moveaxis(out, 3, axis) for out in outs)
-
-
-class _ConvModule(nnx.Module):
-    """mmcv's ConvModule with nothing but its convolution, for the name."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        self.conv = _conv(*arguments, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x)
-
-
-def _conv(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    *,
-    bias: bool = False,
-    kernel_init: nnx.Initializer = _KAIMING,
-    **options: Any,
-) -> nnx.Conv:
-    """torch's Conv2d, padded to keep the size."""
-    return nnx.Conv(
-        in_channels,
-        out_channels,
-        (kernel_size, kernel_size),
-        strides=stride,
-        padding=dilation * (kernel_size // 2),
-        kernel_dilation=dilation,
-        feature_group_count=groups,
-        use_bias=bias,
-        kernel_init=kernel_init,
-        **options,
-    )
-
-
-def _resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """torch's nearest neighbours, which are those up and left. jax.image.resize takes those around the centres."""
-    for axis, target in zip((1, 2), size, strict=True):
-        source = x.shape[axis]
-        # In float32, as torch computes them.
-        indices = np.floor(np.arange(target, dtype=np.float32) * np.float32(source / target)).astype(int)
-        x = jnp.take(x, np.minimum(indices, source - 1), axis)
-    return x
-
-
-def _freeze(module: nnx.Module) -> None:
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Module):
-            _freeze_parameters(node)
-        if isinstance(node, BatchNorm):
-            node.norm_eval = True
-
-
-def _freeze_parameters(module: nnx.Module) -> None:
-    for name, value in list(vars(module).items()):
-        if isinstance(value, nnx.Param):
-            setattr(module, name, FrozenParam(value[...]))
-
-
 def _check_dcn(name: str, dcn: Mapping[str, Any] | None) -> tuple[bool, dict[str, Any] | None]:
     """fallback_on_stride, and the type and deform_groups of dcn."""
     if dcn is None:
@@ -472,13 +260,3 @@ def _check_dcn(name: str, dcn: Mapping[str, Any] | None) -> tuple[bool, dict[str
     # mmcv's old configs say deformable_groups.
     deform_groups = dcn.get("deform_groups", dcn.get("deformable_groups", 1))
     return dcn.get("fallback_on_stride", False), dict(type=dcn["type"], deform_groups=deform_groups)
-
-
-def _check_norm(name: str, norm_cfg: Mapping[str, Any] | None) -> bool:
-    """Whether the normalisations' parameters are trained."""
-    norm_cfg = {"type": "BN", **(norm_cfg or {})}
-    if norm_cfg["type"] not in _NORMS or set(norm_cfg) - {"type", "requires_grad"}:
-        raise ValueError(
-            f"{name}: norm_cfg must be dict(type={' or '.join(map(repr, _NORMS))}, requires_grad=...), got {norm_cfg}"
-        )
-    return norm_cfg.get("requires_grad", True)

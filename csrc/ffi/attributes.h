@@ -1,0 +1,42 @@
+// The attributes of the calls: the only list of them here. On Python's side they are made in one place too,
+// jax_dcn/_operator/native.py.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../operands.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_dcn {
+
+namespace ffi = xla::ffi;
+
+using Pair = ffi::Span<const int64_t>;
+
+struct Attributes {
+  Pair stride, padding, dilation;
+  int64_t groups, deform_groups;
+  bool nchw, has_mask;
+  bool highest_precision, deterministic;
+};
+
+struct BackwardAttributes : Attributes {
+  WantedGradients wanted;
+};
+
+}  // namespace jax_dcn
+
+// By name, in the order of the members.
+#define JAX_DCN_ATTRIBUTES                                                                                \
+  StructMember<jax_dcn::Pair>("stride"), StructMember<jax_dcn::Pair>("padding"),                          \
+      StructMember<jax_dcn::Pair>("dilation"), StructMember<int64_t>("groups"),                           \
+      StructMember<int64_t>("deform_groups"), StructMember<bool>("nchw"), StructMember<bool>("has_mask"), \
+      StructMember<bool>("highest_precision"), StructMember<bool>("deterministic")
+
+#define JAX_DCN_BACKWARD_ATTRIBUTES                                                    \
+  JAX_DCN_ATTRIBUTES, StructMember<bool>("grad_x"), StructMember<bool>("grad_offset"), \
+      StructMember<bool>("grad_mask"), StructMember<bool>("grad_weight"), StructMember<bool>("grad_bias")
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_dcn::Attributes, JAX_DCN_ATTRIBUTES);
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_dcn::BackwardAttributes, JAX_DCN_BACKWARD_ATTRIBUTES);

@@ -1,0 +1,1 @@
+"""What linen.py and nnx.py share."""

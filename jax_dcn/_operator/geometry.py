@@ -1,0 +1,86 @@
+"""Sizes of a deformable convolution."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+# The kernels count pixels, and compute regular coordinates, in 32 bits.
+MAX_PIXELS = 2**31 - 1
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What is static about a deformable convolution apart from the array shapes.
+
+    Pairs are (height, width).
+    """
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    deform_groups: int = 1
+    data_format: str = "NHWC"
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels in x, offset, mask and y."""
+        return self.data_format.index("C")
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of C_out in the weight: HWIO goes with NHWC, OIHW with NCHW."""
+        return 3 if self.data_format == "NHWC" else 0
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions, kh * kw."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def mask_channels(self) -> int:
+        return self.deform_groups * self.taps
+
+    @property
+    def offset_channels(self) -> int:
+        return self.mask_channels * 2
+
+    @property
+    def units(self) -> int:
+        """The parts of the channels, as many as there are, that neither a group nor a deform group is in two of.
+
+        A single deform group counts for nothing, as every part can have it.
+        """
+        return self.groups if self.deform_groups == 1 else math.gcd(self.groups, self.deform_groups)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(H_out, W_out) for an image of (height, width)."""
+        h_out, w_out = (
+            (n + 2 * p - (d * (k - 1) + 1)) // s + 1
+            for n, k, s, p, d in zip(
+                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return h_out, w_out
+
+    def y_shape(self, offset: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for the shapes of an offset and a weight."""
+        shape = list(offset)
+        shape[self.channel_axis] = weight[self.out_axis]
+        return tuple(shape)
+
+    def in_format(self, data_format: str) -> Geometry:
+        return dataclasses.replace(self, data_format=data_format)
+
+    def repeat_groups(self, times: int) -> Geometry:
+        """The geometry of `times` such convolutions, laid side by side along the channels."""
+        return dataclasses.replace(self, groups=self.groups * times, deform_groups=self.deform_groups * times)
+
+    def divide_units(self, parts: int) -> Geometry:
+        """The geometry of one of so many equal parts of the units."""
+        deform_groups = max(1, self.deform_groups // parts)
+        return dataclasses.replace(self, groups=self.groups // parts, deform_groups=deform_groups)

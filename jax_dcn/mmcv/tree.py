@@ -1,0 +1,153 @@
+"""The parameters of a Flax module or tree: their names in a state dict, and their layouts.
+
+mmcv, PyTorch                            Flax
+weight (C_out, C_in/groups, kh, kw)      kernel (kh, kw, C_in/groups, C_out)
+weight (C_out, C_in)                     kernel (C_in, C_out)
+weight (C,) of a norm                    scale (C,)
+running_mean, running_var                mean, var
+bias, and every other name               the same
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A parameter of a module or tree, under the name that it has in a state dict."""
+
+    key: str
+    flax_key: str  # where the last name is Flax's
+    leaf: str  # the last name in Flax, which decides the layout; empty where torch has the same parameter by that name
+    path: tuple[Any, ...]  # the same for all names of an nnx variable
+    array: Any
+    variable: Any = None  # nnx's
+
+
+def entries_of(source: Any) -> Iterator[Entry]:
+    if is_a("nnx", "Module", source):
+        leaves = list(_nnx_leaves(source))
+    else:
+        # linen's collections, "params" and "batch_stats", are no part of a name.
+        collections = isinstance(source.get("params"), Mapping)
+        leaves = [(path[collections:], path, array, None) for path, array in _flat(source)]
+    names = {name for name, *_ in leaves}
+    keys: dict[str, str] = {}
+    for name, path, array, variable in leaves:
+        *parents, leaf = name
+
+        def beside(*others: str, parents: list[Any] = parents) -> bool:
+            return any((*parents, other) in names for other in others)
+
+        torch_leaf = leaf
+        if leaf in ("kernel", "embedding") and not beside("weight"):
+            torch_leaf = "weight"
+        elif leaf == "scale" and len(array.shape) == 1 and not beside("weight", "kernel", "embedding"):  # a norm's
+            torch_leaf = "weight"
+        elif leaf in ("mean", "var") and beside("mean") and beside("var"):
+            torch_leaf = f"running_{leaf}"
+        key, flax_key = (".".join(map(str, [*parents, last])) for last in (torch_leaf, leaf))
+        if key in keys:
+            raise ValueError(f"{keys[key]} and {flax_key} would both be {key} in a state dict")
+        keys[key] = flax_key
+        # A kernel beside a weight is not one of Flax's.
+        yield Entry(key, flax_key, str(leaf) if key != flax_key or leaf != "kernel" else "", path, array, variable)
+
+
+def named(entries: Iterable[Entry], names: Iterable[str], *, joined: bool) -> Iterator[Entry]:
+    """The entries under those of the names that mean them.
+
+    Where only the name in Flax is among them, it is not one of Flax's own parameters, whose names torch does not use.
+    """
+    wanted = {joined_name(name) if joined else name: name for name in names}
+    for entry in entries:
+        if entry.key in wanted:
+            yield dataclasses.replace(entry, key=wanted[entry.key])
+        elif entry.flax_key in wanted:
+            yield dataclasses.replace(entry, key=wanted[entry.flax_key], leaf="")
+        else:
+            yield entry
+
+
+def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Any, Any]]:
+    from flax import nnx
+
+    # Each node once. A node that is in several places has the other paths in `shared`; those within itself are cycles.
+    nodes = dict(nnx.iter_graph(module))
+    shared = [
+        (first, other)
+        for first, *others in nnx.find_duplicates(module)
+        for other in others
+        if other[: len(first)] != first
+    ]
+
+    def all_paths(path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        yield path
+        for first, other in shared:
+            if path[: len(first)] == first:
+                yield from all_paths(other + path[len(first) :])
+
+    sequential = {
+        alias for path, node in nodes.items() if isinstance(node, nnx.Sequential) for alias in all_paths(path)
+    }
+    for path, variable in nodes.items():
+        if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState):
+            for alias in dict.fromkeys(all_paths(path)):
+                # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
+                name = tuple(
+                    part for depth, part in enumerate(alias) if not (part == "layers" and alias[:depth] in sequential)
+                )
+                yield name, path, variable.get_value(), variable
+
+
+def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def replaced(tree: Mapping[str, Any], arrays: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> Any:
+    return {
+        name: replaced(value, arrays, (*path, name)) if isinstance(value, Mapping) else arrays.get((*path, name), value)
+        for name, value in tree.items()
+    }
+
+
+def joined_name(key: str) -> str:
+    """A state dict's name as linen would have it: the numbers of lists joined to the name before."""
+    *parents, leaf = key.split(".")
+    names = []
+    for name in parents:
+        if name.isdigit() and names:
+            names[-1] += f"_{name}"
+        else:
+            names.append(name)
+    return ".".join([*names, leaf])
+
+
+def to_flax(leaf: str, array: np.ndarray) -> np.ndarray:
+    return np.moveaxis(array, (0, 1), (-1, -2)) if leaf == "kernel" and array.ndim > 1 else array
+
+
+def to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
+    moved = np.moveaxis(array, (-1, -2), (0, 1)) if leaf == "kernel" and array.ndim > 1 else array
+    return np.array(moved, order="C")
+
+
+def torch_shape(entry: Entry) -> tuple[int, ...]:
+    shape = tuple(entry.array.shape)
+    return (shape[-1], shape[-2], *shape[:-2]) if entry.leaf == "kernel" and len(shape) > 1 else shape
+
+
+def is_a(api: str, name: str, value: Any) -> bool:
+    """Whether a value is of Flax's class. Flax is loaded if it is."""
+    flax = sys.modules.get(f"flax.{api}")
+    return flax is not None and isinstance(value, getattr(flax, name))

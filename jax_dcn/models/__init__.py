@@ -1,0 +1,17 @@
+"""Models of mmdet with deformable convolutions, for Flax's nnx: its backbones, and its feature pyramid.
+
+Their arguments, state-dict keys and numbers are those of mmdet 3.3.0, so that `jax_dcn.mmcv.load_into` fills them from
+mmdet's checkpoints. Images and feature maps are NCHW, as there, unless data_format says otherwise; inside, the channels
+come last, which the kernels and XLA prefer.
+"""
+
+try:
+    import flax.nnx  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("jax_dcn.models needs Flax: pip install jax_dcn[flax]") from error
+
+from jax_dcn.models.common import BatchNorm, FrozenParam
+from jax_dcn.models.fpn import FPN
+from jax_dcn.models.resnet import ResNet, ResNeXt
+
+__all__ = ["FPN", "BatchNorm", "FrozenParam", "ResNeXt", "ResNet"]
