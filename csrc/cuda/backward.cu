@@ -1,7 +1,8 @@
-#include "backward.h"
-
 #include <algorithm>
 
+#include "grad_bias.h"
+#include "grad_samples.h"
+#include "grad_weight.h"
 #include "launcher.h"
 #include "layout.h"
 #include "workspace.h"

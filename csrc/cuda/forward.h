@@ -87,25 +87,6 @@ class SampleRows {
   SampleVector<T> vector_[kOwn];
 };
 
-// Stores adjacent elements, at once if `wide` says that they are aligned.
-template <class T, class Real>
-JAX_DCN_DEVICE void StoreRun(T* to, const Real (&values)[1], bool) {
-  FromReal(values[0], to[0]);
-}
-template <class T>
-JAX_DCN_DEVICE void StoreRun(T* to, const float (&values)[2], bool wide) {
-  if (wide) {
-    if constexpr (sizeof(T) == 2) {
-      *reinterpret_cast<uint32_t*>(to) = PackPair(values[0], values[1], T{});
-    } else {
-      *reinterpret_cast<Vector8*>(to) = {{FloatBits(values[0]), FloatBits(values[1])}};
-    }
-  } else {
-    FromReal(values[0], to[0]);
-    FromReal(values[1], to[1]);
-  }
-}
-
 // The packed weight is (group, tile of kColumns output channels, stage, output channel of the tile, k of the stage).
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)

@@ -1,0 +1,144 @@
+// The kernels of the gradient of the weight.
+//
+// GradWeight: a block takes a part of the pixels, 128 rows of the weight (taps and channels) and a tile of output
+// channels, and multiplies the samples, which it makes again, with grad_y. The sums of the parts are added up in their
+// order by ReduceWeight. Small groups have a kernel of their own, in small_groups.h.
+
+#pragma once
+
+#include "problem.h"
+#include "product.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+// How the blocks of GradWeight share the work.
+struct WeightParts : PixelParts {
+  int columns, row_tiles, column_tiles;
+
+  int64_t blocks(const Problem& p) const { return int64_t{parts} * p.groups * row_tiles * column_tiles; }
+  // Elements of the sums of a part: (group, row, column), padded.
+  JAX_DCN_INLINE int64_t size(const Problem& p) const {
+    return int64_t{p.groups} * row_tiles * kRows * column_tiles * columns;
+  }
+};
+
+// The left operand, transposed: a stage is some pixels, each with kRows of the taps and channels of a group in a row.
+// A thread makes two vectors of the same pixel, for one tap, channel and deform group each in all stages.
+template <class T, class Tag>
+class SampleColumns {
+ public:
+  using Real = Accumulation<T>;
+
+  JAX_DCN_DEVICE SampleColumns(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int group,
+                               int first_row)
+      : p_(p), samples_(samples), end_(end), pixel_(p, first_pixel + ThreadIndex() / kPixelThreads) {
+    for (int i = 0; i < kOwn; ++i) {
+      const int row = first_row + Vector(i) * kVector<T>;
+      const int in_group = row % p.group_in;
+      tap_[i] = row / p.group_in;
+      channel_[i] = group * p.group_in + in_group;
+      deform_group_[i] = channel_[i] / p.deform_in;
+    }
+    same_ = tap_[0] == tap_[1] && deform_group_[0] == deform_group_[1];
+    LoadDisplacements();
+  }
+
+  JAX_DCN_DEVICE void Fetch() {
+    Corners<T> corners;
+    for (int i = 0; i < kOwn; ++i) {
+      if (i == 0 || !same_) corners.Locate(p_, samples_, pixel_, tap_[i], displacement_[i]);
+      vector_[i].Load(corners, channel_[i]);
+    }
+    pixel_.Advance(p_, kStage<T>);
+    LoadDisplacements();
+  }
+
+  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      to[ThreadIndex() / kPixelThreads * kTransposedPitch<T, kRows> + Vector(i)] =
+          vector_[i].template Interpolate<Tag>();
+    }
+  }
+
+ private:
+  static constexpr int kOwn = 2;
+  static constexpr int kPixelThreads = kRows / kVector<T> / kOwn;
+  static_assert(kStage<T> * kPixelThreads == kThreads);
+
+  static JAX_DCN_DEVICE int Vector(int i) { return ThreadIndex() % kPixelThreads + i * kPixelThreads; }
+
+  JAX_DCN_DEVICE void LoadDisplacements() {
+    for (int i = 0; i < kOwn; ++i) {
+      if (i == 0 || !same_) displacement_[i].Load(p_, samples_, pixel_.index, end_, tap_[i], deform_group_[i]);
+    }
+  }
+
+  const Problem& p_;
+  const Samples<T>& samples_;
+  const int64_t end_;
+  OutputPixel pixel_;
+  int tap_[kOwn], channel_[kOwn], deform_group_[kOwn];
+  bool same_;  // the vectors share their samples
+  Displacement<Real> displacement_[kOwn];
+  SampleVector<T> vector_[kOwn];
+};
+
+template <class T, class Tag, int kColumns>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
+    GradWeightKernel(Problem p, Samples<T> samples, const T* grad_y, WeightParts parts, Accumulation<T>* sums) {
+  int block = BlockIndex().x;  // blocks of the same pixels run at the same time
+  const int column_tile = block % parts.column_tiles;
+  block /= parts.column_tiles;
+  const int row_tile = block % parts.row_tiles;
+  block /= parts.row_tiles;
+  const int group = block % p.groups;
+  const int part = block / p.groups;
+  const int64_t first_pixel = part * parts.part_pixels;
+  const int64_t end = first_pixel + parts.part_pixels < p.pixels ? first_pixel + parts.part_pixels : p.pixels;
+
+  const auto right = [&](int stage, Shared<Vector16> to) {
+    constexpr int kRowVectors = kColumns / kVector<T>;
+#pragma unroll
+    for (int own = 0; own < kStage<T> * kRowVectors / kThreads; ++own) {
+      const int i = ThreadIndex() + own * kThreads;
+      const int64_t pixel = first_pixel + int64_t{stage} * kStage<T> + i / kRowVectors;
+      const int out = column_tile * kColumns + i % kRowVectors * kVector<T>;
+      const bool there = pixel < end && out < p.padded_group_out;
+      const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + out : grad_y;
+      CopyAsync16(to + (i / kRowVectors * kTransposedPitch<T, kColumns> + i % kRowVectors), from, there);
+    }
+  };
+  SampleColumns<T, Tag> left(p, samples, first_pixel, end, group, row_tile * kRows);
+  Product<T, Tag, kColumns, true> product;
+  MultiplyStages<T, kColumns, true>(static_cast<int>(CeilDiv(end - first_pixel, kStage<T>)), left, right, product);
+
+  const int64_t row_size = int64_t{parts.column_tiles} * kColumns;
+  Accumulation<T>* to = sums + part * parts.size(p) + (int64_t{group} * parts.row_tiles + row_tile) * kRows * row_size +
+                        column_tile * kColumns;
+  product.ForEach(
+      [&](int row, int column, const auto& values) { StoreRun(to + row * row_size + column, values, true); });
+}
+
+// A thread adds up an element of the weight.
+template <class Real>
+JAX_DCN_GLOBAL void ReduceWeightKernel(Problem p, WeightParts parts, const Real* sums, Real* grad_weight) {
+  const int64_t i = GlobalThread();
+  const int group_in = p.group_in / p.padded_unit * p.unit;
+  const int c_out = p.groups * p.group_out;
+  if (i >= int64_t{p.taps} * group_in * c_out) return;
+  const int out = static_cast<int>(i % c_out);
+  const int channel = static_cast<int>(i / c_out % group_in);
+  const int tap = static_cast<int>(i / c_out / group_in);
+  const int row = tap * p.group_in + channel / p.unit * p.padded_unit + channel % p.unit;
+  const Real* from = sums +
+                     (int64_t{out / p.group_out} * parts.row_tiles * kRows + row) * parts.column_tiles * parts.columns +
+                     out % p.group_out;
+  Real sum = 0;
+  for (int part = 0; part < parts.parts; ++part) sum += from[part * parts.size(p)];
+  grad_weight[i] = sum;
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn
