@@ -47,7 +47,8 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     values = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name}: {argument} must be an integer or a pair (height, width), got {value!r}")
-    pair = tuple(to_integer(name, argument, v) for v in values)
+    height, width = (to_integer(name, argument, v) for v in values)
+    pair = (height, width)
     if min(pair) < minimum:
         raise ValueError(f"{name}: {argument} must be at least {minimum}, got {value!r}")
     if max(pair) > MAX_PIXELS:

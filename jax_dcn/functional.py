@@ -148,7 +148,7 @@ def _checked(
     bias = None if no_bias else _checks.to_array(name, "bias", bias)
     geometry = _checks.check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
     static = _Static(geometry, _checks.to_precision(name, precision), _checks.implementation())
-    operands = compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
+    operands: list[Any] = compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
     if forward_mode:
         return primitives.deform_conv2d(*operands, **vars(static))
     return _deform_conv2d(static, *operands)

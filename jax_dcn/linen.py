@@ -75,7 +75,7 @@ class DeformConv2dPack(DeformConv2d):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # as in mmcv
         """Applies the layer to x, whose shape and the result's are as in `DeformConv2d`."""
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
@@ -120,18 +120,22 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # as in mmcv
         """Applies the layer to x, whose shape and the result's are as in `DeformConv2d`."""
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
 
-def _promoted(layer: conv.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+_Layer = DeformConv2d | ModulatedDeformConv2d
+
+
+def _promoted(layer: _Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """x, kernel and bias in the dtype of the computation."""
     kernel_init = layer.kernel_init or layer._default_kernel_init
     kernel = layer.param("kernel", kernel_init, layer._kernel_shape, layer.param_dtype)
     bias = layer.param("bias", layer.bias_init, (layer.out_channels,), layer.param_dtype) if layer.bias else None
-    return nn.dtypes.promote_dtype(x, kernel, bias, dtype=layer.dtype)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=layer.dtype)
+    return x, kernel, bias
 
 
-def _conv_offset(layer: conv.Layer) -> nn.Conv:
+def _conv_offset(layer: _Layer) -> nn.Conv:
     return nn.Conv(layer._conv_offset_channels, name="conv_offset", **layer._conv_offset_options)

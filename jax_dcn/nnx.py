@@ -7,6 +7,7 @@ They are those of `jax_dcn.linen`, which documents them, and take `rngs` besides
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ class DeformConv2d(conv.DeformConv2d, nnx.Module):
       rngs: as in `nnx.Conv`. The others, their defaults and errors are those of `jax_dcn.linen.DeformConv2d`.
     """
 
-    bias: dataclasses.InitVar[bool] = False
+    bias: dataclasses.InitVar[Any] = False
     _: dataclasses.KW_ONLY
     rngs: dataclasses.InitVar[nnx.Rngs]
 
@@ -48,7 +49,7 @@ class DeformConv2dPack(DeformConv2d):
         super().__post_init__(bias, rngs)
         self.conv_offset = _conv_offset(self, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # as in mmcv
         """Applies the layer, with the shapes of `jax_dcn.linen.DeformConv2d`."""
         return self._convolve(*_promoted(self, x), *self._predict(self.conv_offset, x))
 
@@ -61,7 +62,7 @@ class ModulatedDeformConv2d(conv.ModulatedDeformConv2d, nnx.Module):
       rngs: as in `nnx.Conv`. The others, their defaults and errors are those of `jax_dcn.linen.ModulatedDeformConv2d`.
     """
 
-    bias: dataclasses.InitVar[bool] = True
+    bias: dataclasses.InitVar[Any] = True
     _: dataclasses.KW_ONLY
     rngs: dataclasses.InitVar[nnx.Rngs]
 
@@ -81,7 +82,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         super().__post_init__(bias, rngs)
         self.conv_offset = _conv_offset(self, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # as in mmcv
         """Applies the layer, with the shapes of `jax_dcn.linen.DeformConv2d`."""
         return self._convolve(*_promoted(self, x), *self._predict(self.conv_offset, x))
 
@@ -98,7 +99,10 @@ def _conv_offset(layer: conv.Layer, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(layer.in_channels, layer._conv_offset_channels, rngs=rngs, **layer._conv_offset_options)
 
 
-def _promoted(layer: conv.Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+_Layer = DeformConv2d | ModulatedDeformConv2d
+
+
+def _promoted(layer: _Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """x, kernel and bias in the dtype of the computation."""
     bias = None if layer.bias is None else layer.bias[...]
     return nnx.nn.dtypes.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)

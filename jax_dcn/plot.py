@@ -65,21 +65,21 @@ def sampling_coordinates(
             ("dilation", dilation, 1),
         )
     }
-    points, weights = None, np.ones(1)
+    displacements = []
+    for layer_offset, (kh, kw) in zip(offsets, settings["kernel_size"], strict=True):
+        image = _image(name, "offset", layer_offset, data_format, 2 * kh * kw, deform_group)
+        displacements.append(image.reshape(*image.shape[:2], kh * kw, 2))
+    size = np.array(displacements[-1].shape[:2])
+    centre = np.array(size // 2 if pixel is None else pixel)
+    if centre.shape != (2,) or (centre < 0).any() or (centre >= size).any():
+        raise ValueError(f"{name}: pixel is {pixel}, expected one of the output's {size[0]} x {size[1]}")
+    points, weights = centre[None].astype(np.float64), np.ones(1)
     for layer in reversed(range(len(offsets))):
         kernel, step, pad, spacing = (np.array(settings[setting][layer]) for setting in settings)
         taps = kernel.prod()
-        displacements = _image(name, "offset", offsets[layer], data_format, 2 * taps, deform_group)
-        displacements = displacements.reshape(*displacements.shape[:2], taps, 2)
-        size = np.array(displacements.shape[:2])
-        if points is None:
-            centre = np.array(size // 2 if pixel is None else pixel)
-            if centre.shape != (2,) or (centre < 0).any() or (centre >= size).any():
-                raise ValueError(f"{name}: pixel is {pixel}, expected one of the output's {size[0]} x {size[1]}")
-            points = centre[None].astype(np.float64)
-        row, column = np.clip(np.rint(points).astype(int), 0, size - 1).T
+        row, column = np.clip(np.rint(points).astype(int), 0, np.array(displacements[layer].shape[:2]) - 1).T
         regular = np.stack(np.meshgrid(*map(np.arange, kernel), indexing="ij"), -1).reshape(taps, 2) * spacing - pad
-        points = (points[:, None] * step + regular + displacements[row, column]).reshape(-1, 2)
+        points = (points[:, None] * step + regular + displacements[layer][row, column]).reshape(-1, 2)
         factors = np.ones((len(row), taps))
         if masks[layer] is not None:
             factors = _image(name, "mask", masks[layer], data_format, taps, deform_group)[row, column]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ class Layer:
     dilation: int | Pair = 1
     groups: int = 1
     deform_groups: int = 1
-    bias: bool = False
+    bias: Any = False  # a bool; in nnx the attribute is a parameter
     _: dataclasses.KW_ONLY
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -65,12 +64,28 @@ class Layer:
         check_data_format(name, self.data_format)
 
     @property
-    def _channel_axis(self) -> int:
-        return self.data_format.index("C")
+    def _geometry(self) -> Geometry:
+        return Geometry(
+            # Pairs since `_check_arguments`.
+            *cast(tuple[Pair, Pair, Pair, Pair], (self.kernel_size, self.stride, self.padding, self.dilation)),
+            self.groups,
+            self.deform_groups,
+            self.data_format,
+        )
 
     @property
     def _kernel_shape(self) -> tuple[int, int, int, int]:
-        return (*self.kernel_size, self.in_channels // self.groups, self.out_channels)
+        return (*self._geometry.kernel_size, self.in_channels // self.groups, self.out_channels)
+
+    @property
+    def _default_kernel_init(self) -> Initializer:
+        """mmcv's."""
+        raise NotImplementedError
+
+    @property
+    def _conv_offset_channels(self) -> int:
+        """What a Pack predicts."""
+        raise NotImplementedError
 
     def _weight(self, kernel: jax.Array) -> jax.Array:
         """The parameter `kernel` in the order of the functions."""
@@ -89,10 +104,11 @@ class Layer:
     @property
     def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """x, offset and mask as they may be, for whoever only wants the shapes of the parameters."""
-        geometry = Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.deform_groups)
-        image = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        out = geometry.output_size(*image)
-        shapes = [(self.in_channels, *image), (geometry.offset_channels, *out), (geometry.mask_channels, *out)]
+        geometry = self._geometry
+        height, width = (d * (k - 1) + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True))
+        out = geometry.output_size(height, width)
+        shapes: list[tuple[int, ...]] = [(self.in_channels, height, width)]
+        shapes += [(channels, *out) for channels in (geometry.offset_channels, geometry.mask_channels)]
         if self.data_format == "NHWC":
             shapes = [(*pixels, channels) for channels, *pixels in shapes]
         return tuple(jax.ShapeDtypeStruct((1, *shape), self.param_dtype) for shape in shapes)
@@ -114,7 +130,7 @@ class Layer:
 
     def _run_conv_offset(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         # Flax's Conv takes other ranks too, and its own error would be about its kernel.
-        name, axis = type(self).__name__, self._channel_axis
+        name, axis = type(self).__name__, self._geometry.channel_axis
         if x.ndim != 4:
             raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 4, in shape {x.shape}")
         if x.shape[axis] != self.in_channels:
@@ -138,7 +154,7 @@ class DeformConv2d(Layer):
 
     @property
     def _conv_offset_channels(self) -> int:
-        return self.deform_groups * math.prod(self.kernel_size) * 2
+        return self._geometry.offset_channels
 
     def _predict(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array]:
         """The offset that a Pack computes itself."""
@@ -149,7 +165,7 @@ class DeformConv2d(Layer):
 class ModulatedDeformConv2d(Layer):
     """The work of a layer of version 2: `jax_dcn.linen.ModulatedDeformConv2d` documents it."""
 
-    bias: bool = True
+    bias: Any = True
 
     @property
     def _default_kernel_init(self) -> Initializer:
@@ -164,10 +180,10 @@ class ModulatedDeformConv2d(Layer):
 
     @property
     def _conv_offset_channels(self) -> int:
-        return self.deform_groups * math.prod(self.kernel_size) * 3
+        return self._geometry.offset_channels + self._geometry.mask_channels
 
     def _predict(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The offset and the mask that a Pack computes itself."""
         out = self._run_conv_offset(conv_offset, x)
-        offset, mask = jnp.split(out, [self._conv_offset_channels // 3 * 2], self._channel_axis)
+        offset, mask = jnp.split(out, [self._geometry.offset_channels], self._geometry.channel_axis)
         return offset, jax.nn.sigmoid(mask)

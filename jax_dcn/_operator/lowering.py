@@ -154,7 +154,7 @@ def _primals_and_dots(given: Arrays) -> tuple[Arrays, Arrays]:
     return primals, {name.removesuffix(DOT): dot for name, dot in given.items() if name.endswith(DOT)}
 
 
-def _all(given: Arrays, *optional: str) -> dict[str, jax.Array | None]:
+def _all(given: Arrays, *optional: str) -> dict[str, Any]:
     """The operands, None for the optional ones that are missing."""
     return {**dict.fromkeys(optional), **given}
 

@@ -8,7 +8,6 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,8 +22,8 @@ DEFORM_CONV2D = "jax_dcn_deform_conv2d"
 DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 
 
-def _load(name: str, platform: str) -> tuple[ModuleType | None, str | None]:
-    """A native module with its handlers registered, or None and why there is none."""
+def _load(name: str, platform: str) -> tuple[Any, str | None]:
+    """A native module (its `.pyi` lies here) with its handlers registered, or None and why there is none."""
     try:
         module = importlib.import_module(f"jax_dcn._operator.{name}")
     except ImportError as error:
@@ -43,6 +42,7 @@ if MISSING is not None:
         stacklevel=2,
     )
 
+_native_cuda: Any
 CUDA_MISSING: str | None
 if importlib.util.find_spec("jax_dcn._operator._native_cuda") is None:
     _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
@@ -91,9 +91,9 @@ def call(
     results: Sequence[jax.ShapeDtypeStruct],
     operands: dict[str, jax.Array],
     attributes: dict[str, Any],
-) -> Sequence[jax.Array]:
+) -> list[jax.Array]:
     """Calls a handler with the operands, whose order csrc/ffi declares."""
-    return jax.ffi.ffi_call(target, results)(*operands.values(), **attributes)
+    return list(jax.ffi.ffi_call(target, results)(*operands.values(), **attributes))
 
 
 def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict[str, Any]) -> jax.ShapeDtypeStruct:
@@ -113,7 +113,7 @@ def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict
 def show_config() -> None:
     """Prints versions, the kernels loaded and, where one is missing, why."""
     print(f"jax_dcn  {__version__}")
-    print(f"jax      {jax.__version__}, jaxlib {jaxlib.__version__}, python {platform.python_version()}")
+    print(f"jax      {jax.__version__}, jaxlib {jaxlib.version.__version__}, python {platform.python_version()}")
     built = ", ".join(cpu_isas())
     if os.environ.get("JAX_DCN_IMPLEMENTATION") == "xla":
         print("cpu      plain XLA: JAX_DCN_IMPLEMENTATION=xla")

@@ -9,7 +9,7 @@ says which operand is which. The other parameters are `geometry`, `precision` an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,7 @@ def _deform_conv2d_transpose(cotangents, *operands, names, **params):
     primals = given | {name: ad.zeros_like_aval(operand.aval) for name, operand in linear.items()}
     primals.pop("bias", None)
     wanted = tuple(name for name in GRADIENTS if name in linear)
-    gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
-    gradients = dict(zip(wanted, gradients, strict=True))
+    gradients = deform_conv2d_backward(grad_y, **{"mask": None, **primals}, wanted=wanted, **params)
     return [gradients.get(name) for name in names]
 
 
@@ -84,8 +83,7 @@ def _deform_conv2d_tangent_transpose(cotangents, *operands, names, **params):
         return [ad.Zero(operand.aval) if name in linear else None for name, operand in given.items()]
     primals = {name: operand for name, operand in given.items() if not name.endswith(DOT)}
     wanted = tuple(name for name in GRADIENTS if name + DOT in linear)
-    gradients = _bind(deform_conv2d_backward_p, {"grad_y": grad_y, **primals}, wanted=wanted, **params)
-    gradients = dict(zip(wanted, gradients, strict=True))
+    gradients = deform_conv2d_backward(grad_y, **{"mask": None, **primals}, wanted=wanted, **params)
     return [gradients.get(name.removesuffix(DOT)) if name in linear else None for name in names]
 
 
@@ -182,13 +180,13 @@ def _dots(names: Sequence[str], tangents: Sequence[Any]) -> dict[str, jax.Array]
     return {name + DOT: t for name, t in zip(names, tangents, strict=True) if type(t) is not ad.Zero}
 
 
-def _reshaped(aval, shape: tuple[int, ...], spec: tuple[Any, ...]):
+def _reshaped(aval, shape: tuple[int, ...], spec: Sequence[Any]):
     """An abstract value like `aval` of another shape, sharded along its first axes as `spec` says."""
     sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*spec, *[None] * (len(shape) - len(spec))))
     return aval.update(shape=shape, sharding=sharding, weak_type=False)
 
 
-def _primitive(name: str, abstract: Callable[..., Any], lowerings: dict[str | None, Callable[..., Any]]):
+def _primitive(name: str, abstract: Callable[..., Any], lowerings: Mapping[str | None, Callable[..., Any]]):
     primitive = core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(compat.apply_primitive, primitive))

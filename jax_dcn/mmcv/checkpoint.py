@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -175,7 +175,7 @@ class _Inert:
 
 
 class _NumpyDtype(_Inert):
-    order = "="
+    order: Any = "="
 
     def __init__(self, code: Any = None, *arguments: Any):
         self.code = code
@@ -185,7 +185,7 @@ class _NumpyDtype(_Inert):
             case (_, order, *_):
                 self.order = order
 
-    def decode(self, data: bytes, shape: tuple[int, ...], order: str) -> np.ndarray | None:
+    def decode(self, data: bytes, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray | None:
         """The array, unless it is of something else than numbers, or not as numpy writes it."""
         if not isinstance(self.code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", self.code):
             return None

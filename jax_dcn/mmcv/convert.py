@@ -209,7 +209,8 @@ def _linen_variables(module: Any, inputs: Sequence[Any] | None) -> Mapping[str, 
     from jax_dcn._layers.conv import Layer
 
     if inputs is None:
+        takes = len(inspect.signature(module).parameters)
         if not isinstance(module, Layer):
             raise TypeError("load_into: a linen module knows its parameters only from its inputs: pass inputs=(x, ...)")
-        inputs = module._smallest_inputs[: len(inspect.signature(module).parameters)]
+        inputs = module._smallest_inputs[:takes]
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)

@@ -37,7 +37,8 @@ def apply_rules(
 
     A name for which `keep` is true stays.
     """
-    arrays, fired = dict(state_dict), {}
+    arrays = dict(state_dict)
+    fired: dict[str, list[str]] = {}
     for rule in RULES:
         changes = {}
         for change in rule.find(arrays):

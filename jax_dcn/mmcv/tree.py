@@ -124,7 +124,7 @@ def replaced(tree: Mapping[str, Any], arrays: Mapping[tuple[str, ...], Any], pat
 def joined_name(key: str) -> str:
     """A state dict's name as linen would have it: the numbers of lists joined to the name before."""
     *parents, leaf = key.split(".")
-    names = []
+    names: list[str] = []
     for name in parents:
         if name.isdigit() and names:
             names[-1] += f"_{name}"

@@ -29,15 +29,15 @@ class BatchNorm(nnx.BatchNorm):
     Args:
       channels: of x.
       norm_eval: whether to use the running statistics, and leave them as they are, in training too.
-      rngs, dtype, param_dtype: as in `nnx.BatchNorm`.
+      rngs, and options such as dtype, param_dtype and scale_init: as in `nnx.BatchNorm`.
     """
 
-    def __init__(self, channels: int, *, norm_eval: bool = False, rngs: nnx.Rngs, **dtypes: Any):
-        super().__init__(channels, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
+    def __init__(self, channels: int, *, norm_eval: bool = False, rngs: nnx.Rngs, **options: Any):
+        super().__init__(channels, momentum=0.9, epsilon=1e-5, rngs=rngs, **options)
         self.norm_eval = norm_eval
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
         if self.norm_eval or self.use_running_average:
             return super().__call__(x, use_running_average=True)
@@ -86,7 +86,7 @@ class ConvModule(nnx.Module):
         return self.conv(x)
 
 
-def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_nearest(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """torch's nearest neighbours, which are those up and left. jax.image.resize takes those around the centres."""
     for axis, target in zip((1, 2), size, strict=True):
         source = x.shape[axis]

@@ -103,7 +103,7 @@ class FPN(nnx.Module):
         for level in range(len(laterals) - 1, 0, -1):
             laterals[level - 1] += resize_nearest(laterals[level], laterals[level - 1].shape[1:3])
         outs = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
-        x = {"on_input": inputs[-1], "on_lateral": laterals[-1]}.get(self.add_extra_convs, outs[-1])
+        x = {"on_input": inputs[-1], "on_lateral": laterals[-1]}.get(str(self.add_extra_convs), outs[-1])
         for level in range(len(laterals), self.num_outs):
             if self.add_extra_convs:
                 if self.relu_before_extra_convs and level > len(laterals):

@@ -57,10 +57,9 @@ class Bottleneck(nnx.Module):
             )
         self.bn2 = BatchNorm(width, **norm)
         self.conv3 = conv(width, out_channels, 1, rngs=rngs, **dtypes)
-        self.bn3 = BatchNorm(out_channels, **norm)
-        if zero_init_residual:
-            self.bn3.scale[...] = jnp.zeros_like(self.bn3.scale[...])
-        self.downsample = nnx.List([])
+        last_scale = nnx.initializers.zeros if zero_init_residual else nnx.initializers.ones
+        self.bn3 = BatchNorm(out_channels, scale_init=last_scale, **norm)
+        self.downsample: nnx.List = nnx.List([])
         if stride != 1 or in_channels != out_channels:
             shortcut = conv(in_channels, out_channels, 1, stride, rngs=rngs, **dtypes)
             self.downsample.extend([shortcut, BatchNorm(out_channels, **norm)])
@@ -154,8 +153,8 @@ class ResNet(nnx.Module):
         for argument, value in (("strides", strides), ("dilations", dilations)):
             for entry in value[:num_stages]:
                 to_count(name, argument, entry)
-        for argument, value in (("base_channels", base_channels), ("groups", groups), ("base_width", base_width)):
-            to_count(name, argument, value)
+        for argument, count in (("base_channels", base_channels), ("groups", groups), ("base_width", base_width)):
+            to_count(name, argument, count)
         if not out_indices or not all(0 <= index < num_stages for index in out_indices):
             raise ValueError(f"{name}: out_indices must be stages below {num_stages} = num_stages, got {out_indices}")
         if not -1 <= to_integer(name, "frozen_stages", frozen_stages) <= num_stages:
@@ -163,7 +162,7 @@ class ResNet(nnx.Module):
         fallback, dcn = _check_dcn(name, dcn)
         norms_trained = trains_norms(name, norm_cfg)
         self.data_format, self.in_channels, self.out_indices = data_format, in_channels, tuple(out_indices)
-        dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
 
         channels = base_channels if stem_channels is None else stem_channels
         self.conv1 = conv(in_channels, channels, 7, 2, rngs=rngs, **dtypes)

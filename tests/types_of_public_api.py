@@ -1,0 +1,46 @@
+"""What a type checker sees of the public names: mypy checks it, and nothing runs it."""
+
+from typing import assert_type
+
+import jax
+import numpy as np
+from flax import linen, nnx
+
+import jax_dcn
+from jax_dcn import mmcv, models, plot
+
+x, offset, mask, weight = (jax.numpy.ones(()) for _ in range(4))
+rngs = nnx.Rngs(0)
+
+assert_type(jax_dcn.deform_conv2d(x, offset, weight, 1, (1, 2), mask=mask, data_format="NHWC"), jax.Array)
+assert_type(jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, bias=None, precision="highest"), jax.Array)
+assert_type(jax_dcn.__version__, str)
+assert_type(jax_dcn.show_config(), None)
+
+for linen_layer in (
+    jax_dcn.DeformConv2dPack(16, 8, 3, padding=1),
+    jax_dcn.linen.ModulatedDeformConv2dPack(16, 8, (3, 5), dtype=jax.numpy.bfloat16, bias=False),
+):
+    module: linen.Module = linen_layer
+    assert_type(linen_layer(x), jax.Array)
+assert_type(jax_dcn.ModulatedDeformConv2d(16, 8, 3)(x, offset, mask), jax.Array)
+
+layer = jax_dcn.nnx.ModulatedDeformConv2dPack(16, 8, kernel_size=3, rngs=rngs)
+assert_type(layer(x), jax.Array)
+assert_type(jax_dcn.nnx.DeformConv2d(16, 8, 3, rngs=rngs)(x, offset), jax.Array)
+layer.kernel[...] = x
+layer.bias[...] = x
+assert_type(layer.conv_offset, nnx.Conv)
+
+backbone = models.ResNet(50, dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True), rngs=rngs)
+assert_type(backbone(x), tuple[jax.Array, ...])
+assert_type(models.FPN([256, 512], 256, 5, rngs=rngs)(backbone(x)), tuple[jax.Array, ...])
+
+state_dict = mmcv.load_checkpoint("detector.pth", prefix="backbone.")
+assert_type(state_dict, mmcv.StateDict)
+assert_type(state_dict["conv1.weight"], np.ndarray)
+assert_type(mmcv.to_state_dict(mmcv.load_into(backbone, state_dict)), dict[str, np.ndarray])
+mmcv.save_checkpoint(state_dict, "detector.safetensors")
+
+points, weights = plot.sampling_coordinates(np.ones((18, 5, 5)), (2, 2))
+assert_type(points.ndim, int)
