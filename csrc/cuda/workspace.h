@@ -20,26 +20,30 @@ class WorkspaceCarver {
 
   template <class T>
   T* Take(int64_t count) {
-    size_.constant += count * int64_t{sizeof(T)} + kAlignment;
+    size_.constant += (count * int64_t{sizeof(T)} + kAlignment - 1) / kAlignment * kAlignment;
     return carver_.Take<T>(count);
   }
   template <class T>
   T* TakePerInputPixel(int64_t count) {
-    size_.per_input_pixel += count * int64_t{sizeof(T)};
-    size_.constant += kAlignment;
-    return carver_.Take<T>(count * input_pixels_);
+    return TakePerPixel<T>(count, input_pixels_, size_.per_input_pixel);
   }
   template <class T>
   T* TakePerOutputPixel(int64_t count) {
-    size_.per_output_pixel += count * int64_t{sizeof(T)};
-    size_.constant += kAlignment;
-    return carver_.Take<T>(count * output_pixels_);
+    return TakePerPixel<T>(count, output_pixels_, size_.per_output_pixel);
   }
 
   const WorkspaceSize& size() const { return size_; }
 
  private:
   static constexpr int64_t kAlignment = 128;  // a line of the L2 cache
+
+  template <class T>
+  T* TakePerPixel(int64_t count, int64_t pixels, int64_t& bytes_per_pixel) {
+    bytes_per_pixel += count * int64_t{sizeof(T)};
+    if (count > 0) size_.constant += kAlignment;  // what the rounding up of the whole may take
+    return carver_.Take<T>(count * pixels);
+  }
+
   AlignedCarver<kAlignment> carver_;
   int64_t input_pixels_, output_pixels_;
   WorkspaceSize size_;
