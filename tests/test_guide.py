@@ -1,4 +1,4 @@
-"""The guide's code runs, block after block, as a reader would run it."""
+"""The Python of the README and of the documentation runs, block after block, as a reader would run it."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,32 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What a page needs besides Flax, and what it says that it prints.
+PACKAGES = {"docs/porting.md": ("safetensors", "optax")}
+PRINTED = {"docs/porting.md": "344 (27, 16, 3, 3) {}"}
 
 
-def test_porting_guide(monkeypatch, capsys):
-    for package in "safetensors", "optax":
+def pages():
+    """Those that have any."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page.relative_to(ROOT).as_posix() for page in found if BLOCK.search(page.read_text())]
+
+
+def test_the_readme_has_some():
+    assert "README.md" in pages()
+
+
+@pytest.mark.parametrize("page", pages())
+def test_page(page, monkeypatch, capsys):
+    for package in PACKAGES.get(page, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(ROOT)
-    guide = (ROOT / "docs" / "porting.md").read_text()
+    text = (ROOT / page).read_text()
     names = {}
     with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
-        for match in re.finditer(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
-            line = guide.count("\n", 0, match.start(1))
-            exec(compile("\n" * line + match[1], "porting.md", "exec"), names)
-    assert "344 (27, 16, 3, 3) {}" in capsys.readouterr().out
+        for block in BLOCK.finditer(text):
+            line = text.count("\n", 0, block.start(1))
+            exec(compile("\n" * line + block[1], page, "exec"), names)
+    assert PRINTED.get(page, "") in capsys.readouterr().out
