@@ -66,6 +66,6 @@ set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQ
 
 # CUDA's runtime is linked statically. It opens the driver's libcuda.so.1 at its first call, so the module loads where
 # there is none.
-jax_dcn_module(_native_cuda csrc/ffi/module_cuda.cc csrc/ffi/deform_conv2d_cuda.cc)
+jax_dcn_module(_native_cuda csrc/ffi/module_cuda.cc csrc/ffi/cuda.cc)
 set_target_properties(_native_cuda PROPERTIES LINKER_LANGUAGE CXX)
 target_link_libraries(_native_cuda PRIVATE kernels_cuda CUDA::cudart_static)

@@ -1,4 +1,4 @@
-// The Python module jax_dcn._native.
+// The Python module jax_dcn._operator._native.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

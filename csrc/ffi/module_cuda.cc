@@ -1,5 +1,5 @@
-// The Python module jax_dcn._native_cuda. It stands apart from _native so that whatever keeps it from loading leaves
-// the CPU kernels in place.
+// The Python module jax_dcn._operator._native_cuda. It stands apart from _native so that whatever keeps it from loading
+// leaves the CPU kernels in place.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
