@@ -22,39 +22,36 @@ DEFORM_CONV2D = "jax_dcn_deform_conv2d"
 DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 
 
-def _load(name: str, platform: str) -> tuple[Any, str | None]:
-    """A native module (its `.pyi` lies here) with its handlers registered, or None and why there is none."""
+def _load(name: str, platform: str, warning: str) -> tuple[Any, str | None]:
+    """A native module (its `.pyi` lies here) with its handlers registered; or None, with a warning, and why."""
     try:
         module = importlib.import_module(f"jax_dcn._operator.{name}")
     except ImportError as error:
+        warnings.warn(f"jax_dcn: {warning.format(error=error)}", RuntimeWarning, stacklevel=3)
         return None, str(error)
     for target, handler in module.handlers().items():
         jax.ffi.register_ffi_target(target, handler, platform=platform)
     return module, None
 
 
-_native, MISSING = _load("_native", "cpu")
-if MISSING is not None:
-    warnings.warn(
-        f"jax_dcn: the native module could not be loaded ({MISSING}); plain XLA takes its place, which is many times "
-        "slower. A source folder has no native module: start Python elsewhere, or install with pip install -e.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+_native, MISSING = _load(
+    "_native",
+    "cpu",
+    "the native module could not be loaded ({error}); plain XLA takes its place, which is many times slower. "
+    "A source folder has no native module: start Python elsewhere, or install with pip install -e.",
+)
 
 _native_cuda: Any
 CUDA_MISSING: str | None
 if importlib.util.find_spec("jax_dcn._operator._native_cuda") is None:
     _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
 else:
-    _native_cuda, CUDA_MISSING = _load("_native_cuda", "CUDA")
-    if CUDA_MISSING is not None:
-        warnings.warn(
-            f"jax_dcn: the CUDA kernels could not be loaded ({CUDA_MISSING}); on GPUs plain XLA takes their place, "
-            "which is many times slower.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _native_cuda, CUDA_MISSING = _load(
+        "_native_cuda",
+        "CUDA",
+        "the CUDA kernels could not be loaded ({error}); on GPUs plain XLA takes their place, which is many times "
+        "slower.",
+    )
 
 
 def cpu_isas() -> list[str]:
