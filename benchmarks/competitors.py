@@ -1,249 +1,208 @@
-"""What is measured: jax_dcn, XLA's and torch's plain convolutions, and the deformable ones of other libraries.
-
-A competitor's `build` makes a `Run` for a problem: it computes, waits for the results, and returns them by name, "y"
-and the gradients, in the competitor's data format.
-"""
+"""What benchmarks/run.py measures: jax_dcn, XLA's and torch's plain convolutions, and what other libraries have."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-import os
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from workloads import Arrays, Case
-
-import jax_dcn
-
-Run = Callable[[], dict[str, Any]]
-Operands = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    case: Case
-    backward: bool  # y and the gradients of all operands, else y alone
-    dtype: str  # of x, weight and y; coordinates need float32, so offset and mask keep it
-    threads: int
-    operands: Arrays  # in the competitor's format, without grad_y
-    grad_y: np.ndarray
-
-
-# --- jax ---
-
-
-def jax_run(function: Callable[[Operands], jax.Array], problem: Problem, names: tuple[str, ...]) -> Run:
-    """`function` of the operands with these names, compiled when built."""
-    dtypes = {"offset": "float32", "mask": "float32"}
-    operands = {name: jnp.asarray(problem.operands[name], dtypes.get(name, problem.dtype)) for name in names}
-    grad_y = jnp.asarray(problem.grad_y, problem.dtype)
-
-    def forward(operands, grad_y):
-        return {"y": function(operands)}
-
-    def forward_and_backward(operands, grad_y):
-        y, vjp = jax.vjp(function, operands)
-        return {"y": y, **vjp(grad_y)[0]}
-
-    compiled = jax.jit(forward_and_backward if problem.backward else forward).lower(operands, grad_y).compile()
-    return lambda: jax.block_until_ready(compiled(operands, grad_y))
-
-
-def jax_dcn_run(problem: Problem, *, data_format: str) -> Run:
-    def function(operands):
-        return jax_dcn.deform_conv2d(**operands, **problem.case.sizes, data_format=data_format)
-
-    return jax_run(function, problem, tuple(problem.operands))
-
-
-def gather_run(problem: Problem, *, data_format: str) -> Run:
-    os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"  # read when traced
-    try:
-        return jax_dcn_run(problem, data_format=data_format)
-    finally:
-        del os.environ["JAX_DCN_IMPLEMENTATION"]
-
-
-def xla_conv_run(problem: Problem, *, data_format: str) -> Run:
-    case = problem.case
-
-    def function(operands):
-        return lax.conv_general_dilated(
-            operands["x"],
-            operands["weight"],
-            window_strides=(case.stride,) * 2,
-            padding=((case.padding,) * 2,) * 2,
-            rhs_dilation=(case.dilation,) * 2,
-            dimension_numbers=(data_format, {"NHWC": "HWIO", "NCHW": "OIHW"}[data_format], data_format),
-            feature_group_count=case.groups,
-        )
-
-    return jax_run(function, problem, ("x", "weight"))
-
+from jax_runs import conv_run, gather_run, jax_dcn_run
+from report import kernels, versions
+from runs import Competitor, Results, Run, Task, check, stopwatch
+from torch_runs import torch_run
+from workers import described
+from workloads import WORKLOADS, Operands
 
 # --- inference engines: the weight is a constant, as in a deployed model, so they may repack it beforehand ---
 
 
-def onnxruntime_run(problem: Problem, *, data_format: str) -> Run:
+def onnxruntime_run(task: Task) -> Run:
     import onnx
     import onnxruntime
 
-    case = problem.case
+    workload = task.workload
     names = {"X": "x", "W": "weight", "offset": "offset", "": "bias", "mask": "mask"}
-    feeds = {theirs: problem.operands[ours] for theirs, ours in names.items() if ours in problem.operands}
-    inputs = list(names) if case.modulated else list(feeds)
+    feeds = {theirs: task.arrays[ours] for theirs, ours in names.items() if ours in task.arrays}
+    inputs = list(names) if workload.modulated else list(feeds)
     node = onnx.helper.make_node(
         "DeformConv",
         inputs,
         ["Y"],
-        kernel_shape=[case.kernel] * 2,
-        strides=[case.stride] * 2,
-        pads=[case.padding] * 4,
-        dilations=[case.dilation] * 2,
-        group=case.groups,
-        offset_group=case.deform_groups,
+        kernel_shape=[workload.kernel] * 2,
+        strides=[workload.stride] * 2,
+        pads=[workload.padding] * 4,
+        dilations=[workload.dilation] * 2,
+        group=workload.groups,
+        offset_group=workload.deform_groups,
     )
     weight = onnx.numpy_helper.from_array(feeds.pop("W"), "W")
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in [*feeds, "Y"]]
     graph = onnx.helper.make_graph([node], "deform_conv", values[:-1], values[-1:], [weight])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = problem.threads
+    options.intra_op_num_threads = task.threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: {"y": session.run(None, feeds)[0]}
+    return Run(lambda: [{"y": session.run(None, feeds)[0]}])
 
 
-def openvino_run(problem: Problem, *, data_format: str) -> Run:
+def openvino_run(task: Task) -> Run:
     import openvino
     from openvino import opset8
 
-    case, operands = problem.case, dict(problem.operands)
+    workload, operands = task.workload, dict(task.arrays)
+    del operands["grad_y"]
     weight = opset8.constant(operands.pop("weight"))
     parameters = {name: opset8.parameter(operand.shape, np.float32) for name, operand in operands.items()}
     node = opset8.deformable_convolution(
         parameters["x"],
         parameters["offset"],
         weight,
-        [case.stride] * 2,
-        [case.padding] * 2,
-        [case.padding] * 2,
-        [case.dilation] * 2,
+        [workload.stride] * 2,
+        [workload.padding] * 2,
+        [workload.padding] * 2,
+        [workload.dilation] * 2,
         parameters.get("mask"),
-        group=case.groups,
-        deformable_group=case.deform_groups,
+        group=workload.groups,
+        deformable_group=workload.deform_groups,
         bilinear_interpolation_pad=True,
     )
     model = openvino.Model([node], list(parameters.values()))
     # On some processors it would compute in bfloat16 otherwise.
-    settings = {"INFERENCE_NUM_THREADS": problem.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": task.threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.compile_model(model, "CPU", settings).create_infer_request()
     inputs = list(operands.values())
-    return lambda: {"y": request.infer(inputs, share_inputs=True, share_outputs=True)[0]}
+    return Run(lambda: [{"y": request.infer(inputs, share_inputs=True, share_outputs=True)[0]}])
 
 
 # --- frameworks ---
 
 
-def torch_conv_run(problem: Problem, *, data_format: str) -> Run:
+def torch_conv_run(task: Task) -> Run:
     import torch
 
-    torch.set_num_threads(problem.threads)
-    case = problem.case
-    tensors = {
-        name: torch.from_numpy(problem.operands[name]).requires_grad_(problem.backward) for name in ("x", "weight")
-    }
-    grad_y = torch.from_numpy(problem.grad_y)
+    torch.set_num_threads(task.threads)
+    workload = task.workload
 
-    def run():
-        y = torch.conv2d(*tensors.values(), None, case.stride, case.padding, case.dilation, case.groups)
-        gradients = torch.autograd.grad(y, list(tensors.values()), grad_y) if problem.backward else ()
-        return {"y": y.detach(), **dict(zip(tensors, gradients, strict=problem.backward))}
+    def function(operands: dict[str, Any]) -> Any:
+        sizes = (workload.stride, workload.padding, workload.dilation, workload.groups)
+        return torch.conv2d(operands["x"], operands["weight"], None, *sizes)
 
-    return run
+    return torch_run(function, task, {name: task.arrays[name] for name in ("x", "weight", "grad_y")}, "cpu")
 
 
-def paddle_run(problem: Problem, *, data_format: str) -> Run:
+def paddle_run(task: Task) -> Run:
     import paddle
 
-    case = problem.case
+    workload = task.workload
     paddle.set_device("cpu")
     tensors = {
-        name: paddle.to_tensor(operand, stop_gradient=not problem.backward)
-        for name, operand in problem.operands.items()
+        name: paddle.to_tensor(operand, stop_gradient=not task.backward) for name, operand in task.arrays.items()
     }
-    grad_y = paddle.to_tensor(problem.grad_y)
+    grad_y = tensors.pop("grad_y")
 
-    def run():
+    def start() -> list[Results]:
         y = paddle.vision.ops.deform_conv2d(
             tensors["x"],
             tensors["offset"],
             tensors["weight"],
-            stride=case.stride,
-            padding=case.padding,
-            dilation=case.dilation,
-            deformable_groups=case.deform_groups,
-            groups=case.groups,
+            stride=workload.stride,
+            padding=workload.padding,
+            dilation=workload.dilation,
+            deformable_groups=workload.deform_groups,
+            groups=workload.groups,
             mask=tensors.get("mask"),
         )
-        gradients = paddle.grad([y], list(tensors.values()), [grad_y]) if problem.backward else ()
-        return {"y": y.detach(), **dict(zip(tensors, gradients, strict=problem.backward))}
+        gradients = paddle.grad([y], list(tensors.values()), [grad_y]) if task.backward else ()
+        return [{"y": y.detach(), **dict(zip(tensors, gradients, strict=task.backward))}]
 
-    return run
-
-
-# --- all of them ---
+    return Run(start, fetch=lambda results: {name: array.numpy() for name, array in results.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Competitor:
-    name: str
-    make: Callable[..., Run]
-    data_format: str = "NCHW"
-    modules: tuple[str, ...] = ("jax",)  # takes part if these can be imported
-    deformable: bool = True
-    backward: bool = True
-    dtypes: tuple[str, ...] = ("float32",)
-    few_threads: bool = True  # else measured with all threads only
-
-    def build(self, problem: Problem) -> Run:
-        return self.make(problem, data_format=self.data_format)
-
-    def takes_part(self, backward: bool, dtype: str, all_threads: bool) -> bool:
-        """bfloat16 is measured with all threads only: a run would take too long otherwise."""
-        return (
-            (self.backward or not backward)
-            and dtype in self.dtypes
-            and (all_threads or (self.few_threads and dtype == "float32"))
-            and None not in map(imported, self.modules)
-        )
+# --- who takes part ---
 
 
-@functools.cache
-def imported(module: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
-
-
-BOTH = ("float32", "bfloat16")
+FLOAT32, BOTH = ("float32",), ("float32", "bfloat16")
 REFERENCE = "XLA gather"
-COMPETITORS = [
+COMPETITORS = {
     # The reference comes first: it checks the others.
-    Competitor(REFERENCE, gather_run, "NHWC", few_threads=False),
-    Competitor("jax_dcn NHWC", jax_dcn_run, "NHWC", dtypes=BOTH),
-    Competitor("XLA conv NHWC", xla_conv_run, "NHWC", dtypes=BOTH, deformable=False),
-    Competitor("jax_dcn NCHW", jax_dcn_run, "NCHW", dtypes=BOTH),
-    Competitor("XLA conv NCHW", xla_conv_run, "NCHW", dtypes=BOTH, deformable=False),
-    Competitor("torch conv", torch_conv_run, modules=("torch",), deformable=False, few_threads=False),
-    Competitor("ONNX Runtime", onnxruntime_run, modules=("onnxruntime", "onnx"), backward=False),
-    Competitor("OpenVINO", openvino_run, modules=("openvino",), backward=False),
-    Competitor("Paddle", paddle_run, modules=("paddle",), few_threads=False),
-]
+    REFERENCE: Competitor(gather_run, FLOAT32, "NHWC", few_threads=False),
+    "jax_dcn NHWC": Competitor(jax_dcn_run, BOTH, "NHWC"),
+    "XLA conv NHWC": Competitor(conv_run, BOTH, "NHWC", deformable=False),
+    "jax_dcn NCHW": Competitor(jax_dcn_run, BOTH),
+    "XLA conv NCHW": Competitor(conv_run, BOTH, deformable=False),
+    "torch conv": Competitor(torch_conv_run, FLOAT32, packages=("torch",), deformable=False, few_threads=False),
+    "ONNX Runtime": Competitor(onnxruntime_run, FLOAT32, packages=("onnxruntime", "onnx"), backward=False),
+    "OpenVINO": Competitor(openvino_run, FLOAT32, packages=("openvino",), backward=False),
+    "Paddle": Competitor(paddle_run, FLOAT32, packages=("paddlepaddle",), few_threads=False),
+}
+
+
+# --- measuring ---
+
+
+# Largest error against the plain-XLA form in float32, relative to the largest value. float32: a few hundred roundings.
+# bfloat16: the rounding of the result, since everything up to it is in float32, but where the samples are rounded too.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2.0**-8}
+if kernels("cpu").startswith("kernels for avx512bf16 "):
+    TOLERANCE["bfloat16"] *= 2
+
+# A run beyond so many seconds is measured once, in float32 with all threads only.
+SLOW = 2.0
+
+
+class Key(NamedTuple):
+    dtype: str
+    competitor: str
+
+
+class Competition:
+    """The competitors with one number of threads. Its public methods are what benchmarks/run.py asks for."""
+
+    def __init__(self, threads: int, all_threads: bool):
+        self.threads, self.all_threads = threads, all_threads
+        self.runs: dict[Key, Run] = {}
+
+    def versions(self) -> dict[str, str]:
+        return versions(["jax", *(name for competitor in COMPETITORS.values() for name in competitor.packages)])
+
+    def prepare(self, name: str, backward: bool, dtypes: list[str], left_out: set[str]) -> dict[Key, float]:
+        """Builds the competitors and returns the seconds that their first runs took.
+
+        With all threads the plain-XLA form takes part, and the others' results are compared with its own; and so does
+        bfloat16, since a run would take too long otherwise. A competitor that turns out to be slow is left out with the
+        next dtypes.
+        """
+        workload = WORKLOADS[name]
+        operands = Operands(workload.operands())
+        self.runs.clear()
+        seconds = {}
+        expected = None
+        for label, competitor in COMPETITORS.items():
+            for dtype in dtypes if label != REFERENCE else ["float32"]:
+                if label in left_out or not competitor.takes_part(dtype, backward):
+                    continue
+                if not self.all_threads and (dtype != "float32" or not competitor.few_threads):
+                    continue
+                key = Key(dtype, label)
+                task = Task(workload, backward, dtype, competitor.data_format, operands, threads=self.threads)
+                try:
+                    self.runs[key] = run = competitor.build(task)
+                    seconds[key], results = stopwatch(run)
+                    if SLOW < seconds[key] < 4 * SLOW:  # perhaps only because it was the first
+                        seconds[key], results = stopwatch(run)
+                    if seconds[key] > SLOW:
+                        left_out.add(label)
+                    if self.all_threads and competitor.deformable:
+                        results = task.nhwc(run.fetch(results[0]))
+                        expected = results if expected is None else expected
+                        check(results, expected, TOLERANCE[dtype])
+                except Exception as error:
+                    raise RuntimeError(f"{name}, {label}, {dtype}: {described(error)}") from error
+        return seconds
+
+    def timed(self, key: Key, warm_up: bool) -> float:
+        # Idle threads of the competitor before may spin for some milliseconds before they sleep.
+        time.sleep(0.01)
+        if warm_up:
+            self.runs[key]()
+        return stopwatch(self.runs[key])[0]

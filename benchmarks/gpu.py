@@ -14,22 +14,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from report import caption, markdown, paired_ratio, write_json
-from workloads import CASES
+from report import caption, listed, markdown, milliseconds, named, ratio, write_files
+from workers import Failure, Worker
+from workloads import DIRECTIONS, WORKLOADS
 
 LISTED = ("r50_c4", "r50_c3", "r50_c5", "r50_c4_s2", "edvr_m", "basicvsrpp", "x101", "bevdepth", "dekr", "train")
 MODES = ("bfloat16", "float16", "tf32", "float32")
-DIRECTIONS = ("forward", "both")
 OWN = "jax_dcn NHWC"
 OTHERS = ("plain convolution", "torchvision", "deformops")
 ALTERNATIVES = (*OTHERS, "jax_dcn NCHW")
@@ -42,72 +39,30 @@ HOST_BOUND, WITHOUT_COMMAND_BUFFERS = ("r50_c4", 1), "without command buffers"
 # --- processes ---
 
 
-def serve(connection: Connection, site: str | None, few_tiles: bool) -> None:
-    """Calls the methods of a Measurer, of the build in the folder `site`, that come over the connection."""
+def measurer(site: str | None, few_tiles: bool) -> Any:
+    """A Measurer of the build in the folder `site`."""
     if site is not None:
         sys.path.insert(0, site)
-    measurer = None
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            if measurer is None:
-                from gpu_runs import Measurer
+    from gpu_runs import Measurer  # in the worker only: nothing here needs JAX
 
-                measurer = Measurer(few_tiles)
-            connection.send((getattr(measurer, method)(*arguments), None))
-        except (Exception, SystemExit) as error:  # whatever XLA, CUDA or the other libraries have to say
-            connection.send((None, f"{type(error).__name__}: {str(error)[:400]}"))
+    return Measurer(few_tiles)
 
 
-class Failure(Exception):
-    """What a process could not do."""
-
-
-class Build:
-    """A build of jax_dcn, in a process of its own that is started when it is called."""
+class Build(Worker):
+    """A build of jax_dcn, in a process of its own."""
 
     def __init__(self, name: str, site: str | None, few_tiles: bool):
-        self.name, self.arguments = name, (site, few_tiles)
-        self.process: multiprocessing.context.SpawnProcess | None = None
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, *self.arguments), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        if self.process is None:
-            self.start()
-        try:
-            self.connection.send((method, arguments))
-            result, failure = self.connection.recv()
-        except (EOFError, OSError):
-            self.stop()
-            raise Failure(f"the process of {self.name} ended") from None
-        if failure is not None:
-            raise Failure(failure)
-        return result
+        super().__init__(name, measurer, site, few_tiles)
 
     def usable(self) -> Build:
         """With a process that can compute, and has not lost its GPU to an error."""
         try:
-            if self.call("usable"):
+            if self.ask("usable"):
                 return self
         except Failure as failure:
             print(failure, file=sys.stderr, flush=True)
         self.stop()
         return self
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process = None
 
 
 # --- measuring ---
@@ -121,7 +76,7 @@ def measure(
     for build in builds:
         own = [competitor for competitor in competitors if build is builds[0] or competitor == OWN]
         try:
-            prepared = build.usable().call("prepare", name, batch, backward, mode, own)
+            prepared = build.usable().ask("prepare", name, batch, backward, mode, own)
         except Failure as failure:
             entry = {"case": name, "batch": batch, "direction": DIRECTIONS[backward], "mode": mode}
             prepared = [entry | {"competitor": OWN, "failure": str(failure)}]
@@ -132,7 +87,7 @@ def measure(
             if not timed:
                 continue
             try:
-                times = build.call("round")
+                times = build.ask("round")
             except Failure as failure:
                 for entry in timed:
                     entry["failure"] = str(failure)
@@ -180,7 +135,7 @@ def table(measurements: list[dict[str, Any]], baseline: bool) -> str:
             return ratio(times(OWN), times(competitor))
 
         own = found.get(OWN, {})
-        flop = 2 * dataclasses.replace(CASES[name], batch=batch).multiply_adds * (3 if direction == "both" else 1)
+        flop = 2 * dataclasses.replace(WORKLOADS[name], batch=batch).multiply_adds * (3 if direction == "both" else 1)
         rate = f"{flop / statistics.median(times(OWN)) / 1e9:.0f}" if times(OWN) else ""
         row = [name, str(batch), direction, mode, milliseconds(times(OWN)) or "FAILED"]
         row += [milliseconds(own.get("host_milliseconds", [])), rate, against("plain convolution")]
@@ -188,14 +143,6 @@ def table(measurements: list[dict[str, Any]], baseline: bool) -> str:
         row += [ratio(times(other), times(OWN)) for other in ("jax_dcn NCHW", WITHOUT_COMMAND_BUFFERS)]
         rows.append([*row, f"{own['error']:.1e}" if "error" in own else ""])
     return markdown(header, rows) if rows else "Nothing was measured."
-
-
-def milliseconds(times: list[float]) -> str:
-    return f"{statistics.median(times):.3g}" if times else ""
-
-
-def ratio(a: list[float], b: list[float]) -> str:
-    return f"{paired_ratio(a, b):.2f}" if a and b else ""
 
 
 LEGEND = """Medians of {rounds} rounds. host: until the first call has returned, its work being under way; near
@@ -210,8 +157,7 @@ those of torchvision in float16 with those of the coordinates that it rounds to 
 def page(report: dict[str, Any]) -> str:
     parts = []
     for name, environment in report["builds"].items():
-        versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-        lines = [environment["card"], environment["gpu"], versions]
+        lines = [environment["card"], environment["gpu"], named(environment["versions"])]
         parts += [f"Build: {name}." if len(report["builds"]) > 1 else "", caption(environment, lines)]
     parts.append(LEGEND.format(rounds=ROUNDS).replace("\n", " "))
     if report["few_tiles"]:
@@ -222,30 +168,19 @@ def page(report: dict[str, Any]) -> str:
         parts.append(f"Left out for lack of time: {', '.join(report['left_out'])}.")
     parts.append(table(report["measurements"], "baseline" in report["builds"]))
     failures = [m for m in report["measurements"] if "failure" in m]
-    parts.append("\n".join(f"- {m['case']}, batch {m['batch']}, {described(m)}: {m['failure']}" for m in failures))
+    labels = [", ".join(m[key] for key in ("direction", "mode", "competitor", "build")) for m in failures]
+    lines = zip(failures, labels, strict=True)
+    parts.append("\n".join(f"- {m['case']}, batch {m['batch']}, {label}: {m['failure']}" for m, label in lines))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def described(measurement: dict[str, Any]) -> str:
-    return ", ".join(measurement[key] for key in ("direction", "mode", "competitor", "build"))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def names(allowed: Any) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            for value in text.split(","):
-                if value not in allowed:
-                    raise argparse.ArgumentTypeError(f"{value} is none of {', '.join(allowed)}")
-            return text.split(",")
-
-        return parse
-
     def cases(text: str) -> list[tuple[str, int | None]]:
         parts = [part.partition("@") for part in text.split(",")]
         for name, *_ in parts:
-            names(CASES)(name)
+            listed(WORKLOADS)(name)
         return [(name, int(batch) if batch else None) for name, _, batch in parts]
 
     def batches(text: str) -> list[int]:
@@ -259,12 +194,12 @@ def parse_arguments() -> argparse.Namespace:
     default_out = Path(__file__).parent / "results" / "gpu"
     parser.add_argument("--site", type=site, help="folder of the build to measure (default: what Python finds)")
     parser.add_argument("--baseline", type=site, metavar="SITE", help="folder of another build, to compare with")
-    every_case = [(name, None) for name in LISTED]
-    parser.add_argument("--cases", type=cases, default=every_case, metavar="NAME[@BATCH],...", help=", ".join(CASES))
+    default, every = [(name, None) for name in LISTED], ", ".join(WORKLOADS)
+    parser.add_argument("--cases", type=cases, default=default, metavar="NAME[@BATCH],...", help=every)
     parser.add_argument("--batches", type=batches, default=[16, 1], help="of cases without @BATCH")
-    parser.add_argument("--directions", type=names(DIRECTIONS), default=list(DIRECTIONS))
-    parser.add_argument("--modes", type=names(MODES), default=list(MODES))
-    parser.add_argument("--alternatives", type=names(ALTERNATIVES), default=list(ALTERNATIVES), metavar="NAME,...")
+    parser.add_argument("--directions", type=listed(DIRECTIONS), default=list(DIRECTIONS))
+    parser.add_argument("--modes", type=listed(MODES), default=list(MODES))
+    parser.add_argument("--alternatives", type=listed(ALTERNATIVES), default=list(ALTERNATIVES), metavar="NAME,...")
     parser.add_argument("--few-tiles", action="store_true", help="have deformops try 5 of its 40 choices of tiles")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: %(default)s)")
@@ -272,11 +207,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """After every measurement, so that a run that is cut short leaves what it has measured."""
-    for name, text in (("results.json", None), ("table.md", page(report))):
-        new = folder / f"{name}.new"
-        write_json(new, report) if text is None else new.write_text(text)
-        os.replace(new, folder / name)
+    write_files(folder, {"results.json": report, "table.md": page(report)})
 
 
 def main() -> None:
@@ -288,10 +219,9 @@ def main() -> None:
     report: dict[str, Any] = {"few_tiles": arguments.few_tiles, "left_out": [], "measurements": []}
     report["under_way"] = None  # what is being measured
     try:
-        report["builds"] = {build.name: build.call("environment") for build in builds}
+        report["builds"] = {build.name: build.ask("environment") for build in builds}
     except Failure as failure:
-        raise SystemExit(str(failure).removeprefix("SystemExit: ")) from None
-    arguments.out.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(str(failure)) from None
     every_batch = [(name, batch) for batch in arguments.batches for name, own in arguments.cases if own is None]
     of_one = [(name, own) for name, own in arguments.cases if own is not None]
     for name, batch in (*of_one, *every_batch):

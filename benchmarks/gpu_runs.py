@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 # torch works on the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -19,16 +16,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from report import environment
-from workloads import CASES, Arrays, Case, to_nchw
-
-import jax_dcn
-from jax_dcn._operator import native
-
-# The dtype of x, weight and y, and what float32 products are made in. Offset and mask are float32, but torchvision's.
-MODES = {"tf32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
-WIDE = ("offset", "mask")
+from jax_runs import conv_run, deformable, jax_dcn_run, jax_program, plain_xla
+from report import environment, kernels, versions
+from runs import Competitor, Results, Run, Task, check
+from torch_runs import torch_run
+from workers import described
+from workloads import DIRECTIONS, WORKLOADS, Arrays, Operands, Workload
 
 # Largest error, relative to the largest value. 16 bits: the rounding of the result, of which a sum of roundings in the
 # gradients is no more. TF32: operands with 11 bits. float32: a few hundred roundings.
@@ -42,186 +35,35 @@ LOOSE = 5e-2
 # of the largest GPUs, but at least MIN_SETS.
 MEASURE, L2_BYTES, CACHES, MIN_SETS, MAX_SETS = 0.02, 64 * 2**20, 3, 2, 24
 
-DeviceArrays = dict[str, jax.Array]
 
-
-class Operands:
-    """With grad_y, in both formats."""
-
-    def __init__(self, nhwc: Arrays):
-        self.nhwc = nhwc
-
-    @functools.cached_property
-    def nchw(self) -> Arrays:
-        return to_nchw(self.nhwc)
-
-
-class Problem(NamedTuple):
-    case: Case
-    backward: bool  # y and the gradients of all operands, else y alone
-    mode: str
-    operands: Operands
-    sets: int
-    few_tiles: bool = False  # deformops tries some of its tiles only
-
-
-class Run(NamedTuple):
-    results: list[DeviceArrays]  # NHWC, of some sets, which are all alike; none of what is not deformable
-    enqueue: Callable[[], Any]  # starts one computation per set
-    wait: Callable[[Any], Any]  # until what enqueue returned last is there
-
-
-# --- JAX ---
-
-
-def jax_program(
-    function: Callable[..., jax.Array],
-    problem: Problem,
-    sets: list[DeviceArrays],
-    options: dict[str, Any],
-    kernels: bool = False,
-) -> jax.stages.Compiled:
-    """The results of each set. `kernels`: the program must call those of jax_dcn, else it must not."""
-
-    def one(operands: DeviceArrays) -> DeviceArrays:
-        operands = dict(operands)
-        grad_y = operands.pop("grad_y")
-        if not problem.backward:
-            return {"y": function(**operands)}
-        y, vjp = jax.vjp(lambda operands: function(**operands), operands)
-        return {"y": y, **vjp(grad_y)[0]}
-
-    compiled = jax.jit(lambda sets: [one(operands) for operands in sets]).lower(sets).compile(options)
-    if (native.DEFORM_CONV2D in compiled.as_text()) != kernels:
-        raise RuntimeError(f"the program {'does not call' if kernels else 'calls'} the kernels of jax_dcn")
-    return compiled
-
-
-def jax_run(
-    function: Callable[..., jax.Array],
-    problem: Problem,
-    names: list[str],
-    nchw: bool = False,
-    kernels: bool = False,
-    **options: Any,
-) -> Run:
-    """`function` of the operands with these names, once per set in one compiled program."""
-    dtype = MODES[problem.mode]
-    arrays = problem.operands.nchw if nchw else problem.operands.nhwc
-    first = {name: jnp.asarray(arrays[name], "float32" if name in WIDE else dtype) for name in (*names, "grad_y")}
-    sets = [first] + [jax.tree.map(jnp.copy, first) for _ in range(problem.sets - 1)]
-    compiled = jax_program(function, problem, sets, options, kernels)
-    # Of two calls, the second of which finds its work space used.
-    results = [compiled(sets)[0], compiled(sets)[-1]]
-    return Run([to_nhwc(r) for r in results] if nchw else results, lambda: compiled(sets), jax.block_until_ready)
-
-
-def to_nhwc(arrays: DeviceArrays) -> DeviceArrays:
-    axes = {name: (2, 3, 1, 0) if name == "weight" else (0, 2, 3, 1) for name in arrays}
-    return {name: jnp.transpose(array, axes[name]) for name, array in arrays.items()}
-
-
-def precision(problem: Problem) -> str | None:
-    return "highest" if problem.mode == "float32" else None
-
-
-def deformable(problem: Problem, data_format: str) -> Callable[..., jax.Array]:
-    def function(**operands: jax.Array) -> jax.Array:
-        sizes = problem.case.sizes
-        return jax_dcn.deform_conv2d(**operands, **sizes, data_format=data_format, precision=precision(problem))
-
-    return function
-
-
-def jax_dcn_run(problem: Problem, data_format: str = "NHWC", **options: Any) -> Run:
-    names = [name for name in problem.operands.nhwc if name != "grad_y"]
-    nchw = data_format == "NCHW"
-    return jax_run(deformable(problem, data_format), problem, names, nchw, kernels=True, **options)
-
-
-def without_command_buffers_run(problem: Problem) -> Run:
+def without_command_buffers_run(task: Task) -> Run:
     """XLA launches each kernel itself, and records no CUDA graph again where arrays have moved."""
-    return jax_dcn_run(problem, xla_gpu_enable_command_buffer="")
+    return jax_dcn_run(task, xla_gpu_enable_command_buffer="")
 
 
-def conv_run(problem: Problem) -> Run:
-    case = problem.case
-
-    def function(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            weight,
-            window_strides=(case.stride,) * 2,
-            padding=((case.padding,) * 2,) * 2,
-            rhs_dilation=(case.dilation,) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=case.groups,
-            precision=precision(problem),
-        )
-
-    return jax_run(function, problem, ["x", "weight"])._replace(results=[])
-
-
-# --- torch ---
-
-
-def torch_run(
-    function: Callable[..., Any], problem: Problem, arrays: Arrays, dtypes: Callable[[str], str], nchw: bool
-) -> Run:
-    """`function` of a dict of operands once per set, on the default stream.
-
-    No CUDA graph: one that is captured on another stream lacks the kernels of torchvision, which launches them on the
-    default one whatever the current stream is.
-    """
-    import torch
-
-    on_gpu = {name: torch.from_numpy(array).to("cuda", getattr(torch, dtypes(name))) for name, array in arrays.items()}
-    grad_y = on_gpu.pop("grad_y")
-    sets = [
-        {name: array.clone().requires_grad_(problem.backward) for name, array in on_gpu.items()}
-        for _ in range(problem.sets)
-    ]
-
-    def one(operands: dict[str, Any]) -> dict[str, Any]:
-        y = function(operands)
-        gradients = torch.autograd.grad(y, list(operands.values()), grad_y) if problem.backward else ()
-        return {"y": y.detach(), **dict(zip(operands, gradients, strict=problem.backward))}
-
-    def to_jax(name: str, array: Any) -> jax.Array:
-        if name == "weight":
-            array = array.permute(2, 3, 1, 0)
-        elif nchw:
-            array = array.permute(0, 2, 3, 1)
-        shape = problem.operands.nhwc["grad_y" if name == "y" else name].shape
-        return jnp.asarray(array.float().contiguous().cpu().numpy()).reshape(shape)
-
-    results = {name: to_jax(name, array) for name, array in one(sets[0]).items()}
-    return Run([results], lambda: [one(operands) for operands in sets], lambda _: torch.cuda.synchronize())
-
-
-def torchvision_run(problem: Problem) -> Run:
+def torchvision_run(task: Task) -> Run:
     """All operands of one dtype, which may not be bfloat16."""
     import torch
     from torchvision.ops import deform_conv2d
 
-    torch.backends.cuda.matmul.allow_tf32 = problem.mode == "tf32"
-    case = problem.case
+    torch.backends.cuda.matmul.allow_tf32 = task.precision != "highest"
+    workload = task.workload
 
     def function(operands: dict[str, Any]) -> Any:
-        sizes = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
+        sizes = {"stride": workload.stride, "padding": workload.padding, "dilation": workload.dilation}
         return deform_conv2d(operands["x"], operands["offset"], operands["weight"], mask=operands.get("mask"), **sizes)
 
-    return torch_run(function, problem, problem.operands.nchw, lambda _: MODES[problem.mode], nchw=True)
+    return torch_run(function, task, task.arrays, "cuda", wide=())
 
 
-def half_coordinates(case: Case, operands: Arrays) -> Arrays:
+def half_coordinates(workload: Workload, operands: Arrays) -> Arrays:
     """Operands whose coordinates in float32 are those that torchvision computes in float16."""
-    taps = np.arange(case.kernel**2)
-    h_out, w_out = (np.arange(n) * case.stride - case.padding for n in case.output_size)
+    taps = np.arange(workload.kernel**2)
+    h_out, w_out = (np.arange(n) * workload.stride - workload.padding for n in workload.output_size)
     regular = np.empty((len(h_out), len(w_out), 1, len(taps), 2), np.float32)
-    regular[..., 0] = h_out[:, None, None, None] + taps // case.kernel * case.dilation
-    regular[..., 1] = w_out[None, :, None, None] + taps % case.kernel * case.dilation
-    offset = operands["offset"].reshape(-1, *regular.shape[:2], case.deform_groups, *regular.shape[3:])
+    regular[..., 0] = h_out[:, None, None, None] + taps // workload.kernel * workload.dilation
+    regular[..., 1] = w_out[None, :, None, None] + taps % workload.kernel * workload.dilation
+    offset = operands["offset"].reshape(-1, *regular.shape[:2], workload.deform_groups, *regular.shape[3:])
     at = regular.astype(np.float16) + offset.astype(np.float16)
     offset = (at.astype(np.float32) - regular).reshape(operands["offset"].shape)
     mask = {"mask": operands["mask"].astype(np.float16).astype(np.float32)} if "mask" in operands else {}
@@ -236,31 +78,41 @@ FEW_TILES = {
 }
 
 
-def deformops_run(problem: Problem) -> Run:
+def deformops_run(task: Task) -> Run:
     """deformops' Triton kernels, in their own order of axes: NHWC, but the weight. They have no TF32."""
     from deformops.registry import Backend, conv
 
-    if problem.few_tiles:
+    if task.few_tiles:
         keep_few_tiles()
-    case, arrays = problem.case, dict(problem.operands.nhwc)
-    taps, (h_out, w_out) = case.kernel**2, case.output_size
-    arrays["weight"] = problem.operands.nchw["weight"]
-    arrays["offset"] = arrays["offset"].reshape(-1, h_out, w_out, case.deform_groups, taps, 2)
+    workload, arrays = task.workload, dict(task.operands.nhwc)
+    taps, (h_out, w_out) = workload.kernel**2, workload.output_size
+    arrays["weight"] = task.operands.nchw["weight"]
+    arrays["offset"] = arrays["offset"].reshape(-1, h_out, w_out, workload.deform_groups, taps, 2)
     if "mask" in arrays:
-        arrays["mask"] = arrays["mask"].reshape(-1, h_out, w_out, case.deform_groups, taps)
+        arrays["mask"] = arrays["mask"].reshape(-1, h_out, w_out, workload.deform_groups, taps)
 
     def function(operands: dict[str, Any]) -> Any:
-        sizes = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation, "groups": case.groups}
         return conv(
             *(operands["x"], operands["offset"], operands["weight"]),
             mask=operands.get("mask"),
-            **sizes,
-            offset_groups=case.deform_groups,
+            stride=workload.stride,
+            padding=workload.padding,
+            dilation=workload.dilation,
+            groups=workload.groups,
+            offset_groups=workload.deform_groups,
             backend=Backend.TRITON,
         )
 
-    dtype = MODES[problem.mode]
-    return torch_run(function, problem, arrays, lambda name: "float32" if name in WIDE else dtype, nchw=False)
+    run = torch_run(function, task, arrays, "cuda")
+
+    def fetch(results: Results) -> Results:
+        results = run.fetch(results)
+        if "weight" in results:
+            results["weight"] = results["weight"].transpose(2, 3, 1, 0)
+        shapes = {name: task.arrays["grad_y" if name == "y" else name].shape for name in results}
+        return {name: array.reshape(shapes[name]) for name, array in results.items()}
+
+    return run._replace(fetch=fetch)
 
 
 def keep_few_tiles() -> None:
@@ -280,74 +132,32 @@ def keep_few_tiles() -> None:
 # --- who takes part ---
 
 
-class Competitor(NamedTuple):
-    run: Callable[[Problem], Run]
-    modes: tuple[str, ...] = tuple(MODES)
-    package: str | None = None  # that it needs besides JAX
-
-
+ALL_MODES = tuple(TOLERANCE)
 COMPETITORS = {
-    "jax_dcn NHWC": Competitor(jax_dcn_run),
-    "plain convolution": Competitor(conv_run),
-    "torchvision": Competitor(torchvision_run, ("tf32", "float16", "float32"), "torchvision"),
-    "jax_dcn NCHW": Competitor(lambda problem: jax_dcn_run(problem, "NCHW")),
-    "without command buffers": Competitor(without_command_buffers_run),
-    "deformops": Competitor(deformops_run, ("bfloat16", "float16", "float32"), "deformops"),
+    "jax_dcn NHWC": Competitor(jax_dcn_run, ALL_MODES, "NHWC"),
+    "plain convolution": Competitor(conv_run, ALL_MODES, "NHWC", deformable=False),
+    "torchvision": Competitor(torchvision_run, ("tf32", "float16", "float32"), packages=("torchvision",)),
+    "jax_dcn NCHW": Competitor(jax_dcn_run, ALL_MODES),
+    "without command buffers": Competitor(without_command_buffers_run, ALL_MODES, "NHWC"),
+    "deformops": Competitor(deformops_run, ("bfloat16", "float16", "float32"), "NHWC", packages=("deformops",)),
 }
-
-
-def installed(package: str) -> str | None:
-    """The version of a Python package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # --- measuring ---
 
 
-@jax.jit
-def _largest_error(actual: DeviceArrays, expected: DeviceArrays) -> jax.Array:
-    errors = [jnp.abs(actual[name] - e).max() / jnp.abs(e).max() for name, e in expected.items()]
-    return jnp.max(jnp.stack(errors))
-
-
-@jax.jit
-def _norm_error(actual: DeviceArrays, expected: DeviceArrays) -> jax.Array:
-    errors = [jnp.linalg.norm((actual[name] - e).ravel()) / jnp.linalg.norm(e.ravel()) for name, e in expected.items()]
-    return jnp.max(jnp.stack(errors))
-
-
-def check(competitor: str, mode: str, actual: DeviceArrays, expected: DeviceArrays) -> float:
-    """The error of the worst result. A ValueError if it is too large, or NaN."""
-    if actual.keys() != expected.keys():
-        raise ValueError(f"has {sorted(actual)}, expected {sorted(expected)}")
-    actual = {name: array.astype(jnp.float32) for name, array in actual.items()}
-    loose = COMPETITORS[competitor].package is not None and mode in ("bfloat16", "float16")
-    error = float((_norm_error if loose else _largest_error)(actual, expected))
-    allowed = LOOSE if loose else TOLERANCE[mode]
-    if not error <= allowed:
-        raise ValueError(f"is off by {error:.1e}, allowed is {allowed:.1e}")
-    return error
-
-
-def stopwatch(run: Run, calls: int, sets: int) -> tuple[float, float]:
+def seconds_per_set(run: Run, calls: int, sets: int) -> tuple[float, float]:
     """The seconds of one computation, and those of the host: until the first call has returned, its work under way.
 
     All calls are queued, and waited for once; but for the first, JAX may have the host wait for the GPU, too.
     """
     start = time.perf_counter()
-    pending = run.enqueue()
+    pending = run.start()
     host = time.perf_counter() - start
     for _ in range(calls - 1):
-        pending = run.enqueue()
+        pending = run.start()
     run.wait(pending)
     return (time.perf_counter() - start) / calls / sets, host / sets
-
-
-def described(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:400]}"
 
 
 class Measurer:
@@ -356,8 +166,8 @@ class Measurer:
     def __init__(self, few_tiles: bool):
         if jax.default_backend() != "gpu":
             raise SystemExit(f"no GPU: JAX runs on {jax.devices()}")
-        if native.CUDA_MISSING is not None:
-            raise SystemExit(f"no CUDA kernels: {native.CUDA_MISSING}")
+        if not kernels("cuda").startswith("kernels for "):
+            raise SystemExit(f"no CUDA kernels: {kernels('cuda')}")
         self.few_tiles = few_tiles
         self.at_hand: tuple[str, int] | None = None
         self.runs: list[tuple[Run, int, int]] = []
@@ -370,37 +180,33 @@ class Measurer:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             card = (done.stdout or done.stderr).strip()
         packages = ("jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "torchvision", "triton", "deformops")
-        versions = {package: version for package in packages if (version := installed(package))}
         return environment() | {
             "gpu": f"{device.device_kind}, {device.client.platform_version}".replace("\n", ", "),
             "card": card,
-            "versions": versions,
+            "versions": versions(packages),
         }
 
     def take_up(self, name: str, batch: int) -> None:
-        """A case, unless it is the one at hand."""
+        """A workload, unless it is the one at hand."""
         if self.at_hand == (name, batch):
             return
         self.at_hand = None  # until everything has been made
-        self.name, self.case = name, dataclasses.replace(CASES[name], batch=batch)
-        self.operands = Operands(self.case.operands())
-        self.references: dict[bool, DeviceArrays] = {}
+        self.workload = dataclasses.replace(WORKLOADS[name], batch=batch)
+        self.operands = Operands(self.workload.operands())
+        self.references: dict[bool, Results] = {}
         self.reference_program = None
         self.at_hand = (name, batch)
 
-    def reference(self, half: bool) -> DeviceArrays:
+    def reference(self, half: bool) -> Results:
         """y and all gradients by plain XLA in float32."""
         if half not in self.references:
-            arrays = half_coordinates(self.case, self.operands.nhwc) if half else self.operands.nhwc
-            problem = Problem(self.case, True, "float32", Operands(arrays), 1)
-            sets = [{name: jnp.asarray(array) for name, array in arrays.items()}]
+            nhwc = half_coordinates(self.workload, self.operands.nhwc) if half else self.operands.nhwc
+            sets = [{name: jnp.asarray(array) for name, array in nhwc.items()}]
             if self.reference_program is None:
-                os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"  # read when traced
-                try:
+                task = Task(self.workload, True, "float32", "NHWC", self.operands, precision="highest")
+                with plain_xla():
                     options = {"xla_gpu_autotune_level": 0}
-                    self.reference_program = jax_program(deformable(problem, "NHWC"), problem, sets, options)
-                finally:
-                    del os.environ["JAX_DCN_IMPLEMENTATION"]
+                    self.reference_program = jax_program(deformable(task), task, sets, options)
             self.references[half] = self.reference_program(sets)[0]
         return self.references[half]
 
@@ -411,34 +217,50 @@ class Measurer:
         set_bytes = sum(array.nbytes for array in self.operands.nhwc.values())
         sets = min(MAX_SETS, max(MIN_SETS, -(-CACHES * L2_BYTES // set_bytes)))
         entries = []
-        for competitor in competitors:
-            build, modes, package = COMPETITORS[competitor]
-            if mode not in modes or (package is not None and installed(package) is None):
+        for label in competitors:
+            competitor = COMPETITORS[label]
+            if not competitor.takes_part(mode, backward):
                 continue
-            entry = {"case": self.name, "batch": self.case.batch, "direction": "both" if backward else "forward"}
-            entry |= {"mode": mode, "competitor": competitor, "sets": sets}
+            entry = {"case": name, "batch": batch, "direction": DIRECTIONS[backward], "mode": mode}
+            entry |= {"competitor": label, "sets": sets}
             entries.append(entry)
+            task = Task(
+                self.workload,
+                backward,
+                "float32" if mode == "tf32" else mode,
+                competitor.data_format,
+                self.operands,
+                precision="highest" if mode == "float32" else None,
+                sets=sets,
+                few_tiles=self.few_tiles,
+            )
             try:
-                run = build(Problem(self.case, backward, mode, self.operands, sets, self.few_tiles))
-                if run.results:
-                    expected = self.reference(half=competitor == "torchvision" and mode == "float16")
-                    expected = {name: array for name, array in expected.items() if backward or name == "y"}
-                    entry["error"] = max(check(competitor, mode, results, expected) for results in run.results)
-                stopwatch(run, 1, sets)
-                calls = max(1, round(MEASURE / sets / stopwatch(run, 1, sets)[0]))
+                run = competitor.build(task)
+                if competitor.deformable:
+                    entry["error"] = self.checked(run, task, mode, label)
+                seconds_per_set(run, 1, sets)
+                calls = max(1, round(MEASURE / sets / seconds_per_set(run, 1, sets)[0]))
                 entry["position"] = len(self.runs)
-                self.runs.append((run._replace(results=[]), calls, sets))
+                self.runs.append((run, calls, sets))
             except Exception as error:  # the others still count
                 entry["failure"] = described(error)
-                print(f"{self.name}, {competitor}, {mode}: {entry['failure']}", file=sys.stderr, flush=True)
+                print(f"{name}, {label}, {mode}: {entry['failure']}", file=sys.stderr, flush=True)
         return entries
+
+    def checked(self, run: Run, task: Task, mode: str, label: str) -> float:
+        """The largest error of two sets, by two calls, the second of which finds its work space used."""
+        expected = self.reference(half=label == "torchvision" and mode == "float16")
+        expected = {name: array for name, array in expected.items() if task.backward or name == "y"}
+        loose = bool(COMPETITORS[label].packages) and mode in ("bfloat16", "float16")
+        allowed = LOOSE if loose else TOLERANCE[mode]
+        return max(check(task.nhwc(run.fetch(run()[i])), expected, allowed, norm=loose) for i in (0, -1))
 
     def round(self) -> list[tuple[float, float] | str]:
         """The times of those that were prepared, by their position, or what went wrong."""
 
         def timed(run: Run, calls: int, sets: int) -> tuple[float, float] | str:
             try:
-                return stopwatch(run, calls, sets)
+                return seconds_per_set(run, calls, sets)
             except Exception as error:  # the others still count
                 return described(error)
 

@@ -1,7 +1,8 @@
-"""What the benchmarks write: where they ran, tables and JSON."""
+"""What the benchmarks read and write: arguments, where they ran, tables and files."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import io
@@ -11,9 +12,25 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def listed(allowed: Collection[Any], kind: type = str) -> Callable[[str], list[Any]]:
+    """The type of an argument with commas."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(value) for value in text.split(",")]
+        for value in values:
+            if value not in allowed:
+                raise argparse.ArgumentTypeError(f"{value} is none of {', '.join(map(str, allowed))}")
+        return values
+
+    return parse
+
+
+# --- where they ran ---
 
 
 def commit() -> tuple[str, bool]:
@@ -33,15 +50,39 @@ def commit() -> tuple[str, bool]:
     return git("rev-parse", "HEAD") or "unknown", bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
+def installed(package: str) -> str | None:
+    """Its version."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    return {package: version for package in packages if (version := installed(package))}
+
+
+def named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def config() -> list[str]:
+    import jax_dcn  # which reports may be made without
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jax_dcn.show_config()
+    return printed.getvalue().splitlines()
+
+
+def kernels(platform: str) -> str:
+    """What the configuration says of those for "cpu" or "cuda"."""
+    return next(line.removeprefix(platform).strip() for line in config() if line.startswith(platform))
+
+
 def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         processor = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    import jax_dcn  # which reports may be made without
-
-    config = io.StringIO()
-    with contextlib.redirect_stdout(config):
-        jax_dcn.show_config()
     commit_id, changed = commit()
     return {
         "processor": processor,
@@ -50,8 +91,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "commit": commit_id,
         "uncommitted_changes": changed,
-        "config": config.getvalue().splitlines(),
+        "config": config(),
     }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- tables and files ---
 
 
 def caption(environment: dict[str, Any], more: Sequence[str] = ()) -> str:
@@ -59,11 +108,6 @@ def caption(environment: dict[str, Any], more: Sequence[str] = ()) -> str:
     lines = [f"{environment['processor']}, {environment['cores']} cores, load {environment['load_average']:.1f}"]
     lines += [f"commit {environment['commit']}{changed}", *environment["config"], *more]
     return "\n".join(["```", *lines, "```"])
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -83,5 +127,22 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=False))
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def milliseconds(times: Sequence[float]) -> str:
+    """The median of times in milliseconds; behind ~ if there is only one."""
+    if not times:
+        return ""
+    value = statistics.median(times)
+    return "~" * (len(times) == 1) + (f"{value:.0f}" if value >= 100 else f"{value:.3g}")
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> str:
+    return "~" * (1 in (len(a), len(b))) + f"{paired_ratio(a, b):.2f}" if a and b else ""
+
+
+def write_files(folder: Path, files: dict[str, str | dict[str, Any]]) -> None:
+    """Texts, and JSON. A run that is cut short leaves whole files of what it has measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        new = folder / f"{name}.new"
+        new.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+        os.replace(new, folder / name)

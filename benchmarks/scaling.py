@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from competitors import Problem, Run, jax_dcn_run
-from report import caption, cores, environment, markdown, paired_ratio, write_json
-from workloads import Case, to_nchw
+from jax_runs import calls_kernels, jax_dcn_run
+from report import caption, environment, markdown, paired_ratio, write_files
+from runs import Run, Task, in_turn
+from workloads import DIRECTIONS, Operands, Workload
 
 import jax_dcn
 
-BASE = Case("the case that the others vary", 1, 128, 128, 64, 64, False)
+BASE = Workload("what the others vary", 1, 128, 128, 64, 64, False)
 SWEEPS = {
     "pixels": [dataclasses.replace(BASE, height=n, width=n) for n in (1, 4, 8, 16, 32, 64, 128)],
     "taps": [dataclasses.replace(BASE, kernel=k, padding=k // 2) for k in (1, 3, 5, 7)],
@@ -37,50 +37,36 @@ SWEEPS = {
 IMAGES = [dataclasses.replace(BASE, height=n, width=n) for n in (64, 128, 256)]
 
 
-def build(case: Case, backward: bool, data_format: str = "NHWC") -> Run:
-    operands = case.operands()
-    operands = to_nchw(operands) if data_format == "NCHW" else operands
-    grad_y = operands.pop("grad_y")
-    return jax_dcn_run(Problem(case, backward, "float32", cores(), operands, grad_y), data_format=data_format)
-
-
-def timed(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of calls in turn, round by round. Every turn has an untimed call first, for the caches."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, times in zip(calls, seconds, strict=True):
-            call()
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return seconds
+def build(workload: Workload, backward: bool, data_format: str = "NHWC") -> Run:
+    return jax_dcn_run(Task(workload, backward, "float32", data_format, Operands(workload.operands())))
 
 
 # --- cost ---
 
 
 def measure_cost(rounds: int) -> list[dict[str, Any]]:
-    """The time per multiply-add of each case, and its ratio to that of BASE, which every round of a sweep has too."""
+    """The time per multiply-add of each, and its ratio to that of BASE, which every round of a sweep has too."""
     entries = []
-    for sweep, cases in SWEEPS.items():
+    for sweep, workloads in SWEEPS.items():
         times = {
-            backward: timed([build(case, backward) for case in (BASE, *cases)], rounds) for backward in (False, True)
+            backward: in_turn([build(workload, backward) for workload in (BASE, *workloads)], rounds)
+            for backward in (False, True)
         }
-        for i, case in enumerate(cases, 1):
+        for i, workload in enumerate(workloads, 1):
             entry = {
                 "sweep": sweep,
-                "pixels": case.height * case.width,
-                "taps": case.kernel**2,
-                "c_in": case.c_in,
-                "c_out": case.c_out,
-                "multiply_adds": case.multiply_adds,
+                "pixels": workload.height * workload.width,
+                "taps": workload.kernel**2,
+                "c_in": workload.c_in,
+                "c_out": workload.c_out,
+                "multiply_adds": workload.multiply_adds,
             }
-            for direction, backward in (("forward", False), ("both", True)):
+            for backward, direction in enumerate(DIRECTIONS):
                 # The backward pass has two products of the forward's size.
-                work = case.multiply_adds * (3 if backward else 1)
+                work = workload.multiply_adds * (3 if backward else 1)
                 entry[f"ns_{direction}"] = statistics.median(times[backward][i]) / work * 1e9
                 ratio = paired_ratio(times[backward][i], times[backward][0])
-                entry[f"relative_{direction}"] = ratio * BASE.multiply_adds / case.multiply_adds
+                entry[f"relative_{direction}"] = ratio * BASE.multiply_adds / workload.multiply_adds
             entries.append(entry)
     return entries
 
@@ -139,28 +125,28 @@ def measure_latency(rounds: int) -> dict[str, float]:
     calls = {}
     for name, (function, operands) in programs.items():
         jitted = jax.jit(function)
-        if function is not addition and "custom-call" not in jitted.lower(*operands).compile().as_text():
+        if function is not addition and not calls_kernels(jitted.lower(*operands).compile()):
             raise SystemExit(f"latency, {name}: the compiled program calls no kernel")
         calls[name] = lambda jitted=jitted, operands=operands: jax.block_until_ready(jitted(*operands))
-    times = timed(list(calls.values()), rounds)
+    times = in_turn(list(calls.values()), rounds)
     return {name: statistics.median(seconds) * 1e6 for name, seconds in zip(calls, times, strict=True)}
 
 
 # --- memory ---
 
 
-def extra_memory(case: Case, backward: bool, data_format: str) -> float:
+def extra_memory(workload: Workload, backward: bool, data_format: str) -> float:
     """MiB that a call uses above its operands and results, in a fresh process."""
 
     def kibibytes(key: str) -> int:
         with Path("/proc/self/status").open() as status:
             return int(next(line.split()[1] for line in status if line.startswith(key)))
 
-    run = build(case, backward, data_format)
+    run = build(workload, backward, data_format)
     ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse what was freed, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
     before = kibibytes("VmRSS")
-    results = run()
+    (results,) = run()
     return (kibibytes("VmHWM") - before) / 1024 - sum(array.nbytes for array in results.values()) / 2**20
 
 
@@ -168,13 +154,12 @@ def measure_memory() -> list[dict[str, Any]]:
     entries = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for case in IMAGES:
-            for data_format in ("NHWC", "NCHW"):
-                entry = {"height": case.height, "width": case.width, "channels": case.c_in, "data_format": data_format}
-                for direction, backward in (("forward", False), ("both", True)):
-                    entry[direction] = pool.submit(extra_memory, case, backward, data_format).result()
-                image = case.height * case.width * case.c_in * 4 / 2**20
-                entries.append(entry | {"image": image, "columns": image * case.kernel**2})
+        for image, data_format in itertools.product(IMAGES, ("NHWC", "NCHW")):
+            entry = {"height": image.height, "width": image.width, "channels": image.c_in, "data_format": data_format}
+            for backward, direction in enumerate(DIRECTIONS):
+                entry[direction] = pool.submit(extra_memory, image, bool(backward), data_format).result()
+            mebibytes = image.height * image.width * image.c_in * 4 / 2**20
+            entries.append(entry | {"image": mebibytes, "columns": mebibytes * image.kernel**2})
     return entries
 
 
@@ -202,10 +187,8 @@ def main() -> None:
     if Path("/proc/self/clear_refs").exists():  # Linux
         report["memory_mib"] = measure_memory()
         tables += [memory_table(report["memory_mib"])]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "scaling.json", report)
     text = "\n\n".join(tables)
-    (arguments.out / "scaling.md").write_text(text + "\n")
+    write_files(arguments.out, {"scaling.json": report, "scaling.md": text + "\n"})
     print(text)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
+
+DIRECTIONS = ("forward", "both")  # y alone, or y and the gradients of all operands
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Workload:
     model: str
     batch: int
     c_in: int
@@ -72,34 +75,44 @@ def _bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def to_nchw(arrays: Arrays) -> Arrays:
-    return {name: _transposed(array, name, (3, 2, 0, 1), (0, 3, 1, 2)) for name, array in arrays.items()}
+    axes = {name: (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2) for name in arrays}
+    return {name: np.ascontiguousarray(array.transpose(axes[name])) for name, array in arrays.items()}
 
 
 def to_nhwc(arrays: Arrays) -> Arrays:
-    return {name: _transposed(array, name, (2, 3, 1, 0), (0, 2, 3, 1)) for name, array in arrays.items()}
+    """Of arrays of NumPy or JAX."""
+    axes = {name: (2, 3, 1, 0) if name == "weight" else (0, 2, 3, 1) for name in arrays}
+    return {name: array.transpose(axes[name]) for name, array in arrays.items()}
 
 
-def _transposed(array: np.ndarray, name: str, weight_axes: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(weight_axes if name == "weight" else axes))
+class Operands:
+    """Those of a workload, with grad_y, in either data format."""
+
+    def __init__(self, nhwc: Arrays):
+        self.nhwc = nhwc
+
+    @functools.cached_property
+    def nchw(self) -> Arrays:
+        return to_nchw(self.nhwc)
 
 
-CASES = {
-    "r50_c3": Case("ResNet-50 DCNv2, c3", 1, 128, 128, 100, 168, True),
-    "r50_c4": Case("ResNet-50 DCNv2, c4", 1, 256, 256, 50, 84, True),
-    "r50_c5": Case("ResNet-50 DCNv1, c5", 1, 512, 512, 25, 42, False),
-    "r50_c4_s2": Case("ResNet-50 DCNv2, first block of c4", 1, 256, 256, 100, 168, True, stride=2),
-    "edvr_m": Case("EDVR-M, PCD alignment, training", 4, 64, 64, 64, 64, True, deform_groups=8),
-    "basicvsrpp": Case("BasicVSR++, training", 2, 128, 64, 64, 64, True, deform_groups=16),
-    "x101": Case("ResNeXt-101 32x4d DCNv1", 1, 256, 256, 50, 84, False, groups=32),
-    "bevdepth": Case("BEVDepth, depth net", 6, 512, 512, 16, 44, False, groups=4),
-    "dekr": Case("DEKR", 1, 255, 255, 64, 64, False, groups=17, deform_groups=17),
-    "train": Case("none in particular: small maps, training", 8, 256, 256, 14, 14, True),
-    "r50_c4_dg4": Case("ResNet-50 mdconv group4", 1, 256, 256, 50, 84, True, deform_groups=4),
-    "tood": Case("TOOD, deform_sampling", 1, 4, 4, 100, 168, False, kernel=1, padding=0, groups=4, deform_groups=4),
-    "posewarper": Case("PoseWarper", 1, 17, 17, 96, 72, False, padding=12, dilation=12, deform_groups=17),
-    "solov2": Case("SOLOv2, odd channel count", 1, 258, 256, 40, 40, True),
-    "edvr_test": Case("EDVR, a frame at test", 1, 64, 64, 180, 320, True, deform_groups=8),
-    "centerpoint": Case("CenterPoint", 1, 64, 64, 128, 128, False, groups=4),
-    "centernet_b16": Case("CenterNet R18 neck, training", 16, 64, 64, 64, 64, True),
-    "reppoints_p7": Case("RepPoints, coarsest level: few pixels", 1, 256, 256, 7, 11, False),
+WORKLOADS = {
+    "r50_c3": Workload("ResNet-50 DCNv2, c3", 1, 128, 128, 100, 168, True),
+    "r50_c4": Workload("ResNet-50 DCNv2, c4", 1, 256, 256, 50, 84, True),
+    "r50_c5": Workload("ResNet-50 DCNv1, c5", 1, 512, 512, 25, 42, False),
+    "r50_c4_s2": Workload("ResNet-50 DCNv2, first block of c4", 1, 256, 256, 100, 168, True, stride=2),
+    "edvr_m": Workload("EDVR-M, PCD alignment, training", 4, 64, 64, 64, 64, True, deform_groups=8),
+    "basicvsrpp": Workload("BasicVSR++, training", 2, 128, 64, 64, 64, True, deform_groups=16),
+    "x101": Workload("ResNeXt-101 32x4d DCNv1", 1, 256, 256, 50, 84, False, groups=32),
+    "bevdepth": Workload("BEVDepth, depth net", 6, 512, 512, 16, 44, False, groups=4),
+    "dekr": Workload("DEKR", 1, 255, 255, 64, 64, False, groups=17, deform_groups=17),
+    "train": Workload("none in particular: small maps, training", 8, 256, 256, 14, 14, True),
+    "r50_c4_dg4": Workload("ResNet-50 mdconv group4", 1, 256, 256, 50, 84, True, deform_groups=4),
+    "tood": Workload("TOOD, deform_sampling", 1, 4, 4, 100, 168, False, kernel=1, padding=0, groups=4, deform_groups=4),
+    "posewarper": Workload("PoseWarper", 1, 17, 17, 96, 72, False, padding=12, dilation=12, deform_groups=17),
+    "solov2": Workload("SOLOv2, odd channel count", 1, 258, 256, 40, 40, True),
+    "edvr_test": Workload("EDVR, a frame at test", 1, 64, 64, 180, 320, True, deform_groups=8),
+    "centerpoint": Workload("CenterPoint", 1, 64, 64, 128, 128, False, groups=4),
+    "centernet_b16": Workload("CenterNet R18 neck, training", 16, 64, 64, 64, 64, True),
+    "reppoints_p7": Workload("RepPoints, coarsest level: few pixels", 1, 256, 256, 7, 11, False),
 }

@@ -401,9 +401,9 @@ def ncu(machine: Machine) -> Result:
     profiler, log, table = machine.tool("ncu"), machine.out / "ncu.txt", machine.scratch / "ncu.csv"
     code = (
         f"import sys, dataclasses; sys.path.insert(0, {str(TOP / 'benchmarks')!r}); import gpu_runs as g; "
-        "case = dataclasses.replace(g.CASES['r50_c4'], batch=16); "
-        "problem = g.Problem(case, True, 'bfloat16', g.Operands(case.operands()), 1); "
-        "g.jax_dcn_run(problem, xla_gpu_enable_command_buffer='')"
+        "workload = dataclasses.replace(g.WORKLOADS['r50_c4'], batch=16); "
+        "task = g.Task(workload, True, 'bfloat16', 'NHWC', g.Operands(workload.operands())); "
+        "run = g.without_command_buffers_run(task); run(); run()"
     )
     metrics = list(METRICS)
     while metrics:

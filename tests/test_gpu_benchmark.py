@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
 import gpu_runs
+from workloads import Workload
 
 TOP = Path(__file__).parents[1]
 
@@ -128,10 +129,10 @@ def test_the_wheel_names_its_commit(tmp_path):
 
 def test_half_coordinates():
     """torchvision's float16: the regular part and the offset are rounded, and so is their sum."""
-    case = gpu_runs.Case("", 2, 4, 4, 9, 70, True, kernel=3, stride=2, padding=2, dilation=3, deform_groups=2)
-    operands = case.operands()
-    changed = gpu_runs.half_coordinates(case, operands)
-    h_out, w_out = case.output_size
+    workload = Workload("", 2, 4, 4, 9, 70, True, kernel=3, stride=2, padding=2, dilation=3, deform_groups=2)
+    operands = workload.operands()
+    changed = gpu_runs.half_coordinates(workload, operands)
+    h_out, w_out = workload.output_size
     both = [a["offset"].reshape(2, h_out, w_out, 2, 3, 3, 2) for a in (operands, changed)]
     rng = np.random.default_rng(0)
     for n, row, column, g, i, j in zip(*(rng.integers(0, size, 50) for size in both[0].shape[:-1]), strict=True):
