@@ -17,32 +17,39 @@ from workloads import WORKLOADS, Operands
 
 
 def onnxruntime_run(task: Task) -> Run:
-    import onnx
-    import onnxruntime
+    from onnx import helper, numpy_helper
 
     workload = task.workload
     names = {"X": "x", "W": "weight", "offset": "offset", "": "bias", "mask": "mask"}
     feeds = {theirs: task.arrays[ours] for theirs, ours in names.items() if ours in task.arrays}
     inputs = list(names) if workload.modulated else list(feeds)
-    node = onnx.helper.make_node(
-        "DeformConv",
-        inputs,
-        ["Y"],
-        kernel_shape=[workload.kernel] * 2,
-        strides=[workload.stride] * 2,
-        pads=[workload.padding] * 4,
-        dilations=[workload.dilation] * 2,
-        group=workload.groups,
-        offset_group=workload.deform_groups,
-    )
-    weight = onnx.numpy_helper.from_array(feeds.pop("W"), "W")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in [*feeds, "Y"]]
-    graph = onnx.helper.make_graph([node], "deform_conv", values[:-1], values[-1:], [weight])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = task.threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    geometry = {
+        "kernel_shape": [workload.kernel] * 2,
+        "strides": [workload.stride] * 2,
+        "pads": [workload.padding] * 4,
+        "dilations": [workload.dilation] * 2,
+    }
+    groups = {"group": workload.groups, "offset_group": workload.deform_groups}
+    node = helper.make_node("DeformConv", inputs, ["Y"], **geometry, **groups)
+    weight = numpy_helper.from_array(feeds.pop("W"), "W")
+    session = onnxruntime_session([node], dict.fromkeys(feeds), ["Y"], [weight], task.threads)
     return Run(lambda: [{"y": session.run(None, feeds)[0]}])
+
+
+def onnxruntime_session(
+    nodes: list[Any], inputs: dict[str, Any], outputs: list[str], constants: list[Any], threads: int
+) -> Any:
+    """For a graph with these nodes; `inputs` has their shapes, or None."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    feeds = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    fetches = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(nodes, "graph", feeds, fetches, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def openvino_run(task: Task) -> Run:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from competitors import onnxruntime_session
 from flax import nnx
+from runs import check, in_turn
 
 from jax_dcn import mmcv
 from jax_dcn.models import ResNet
@@ -54,7 +55,7 @@ def resnet(deformable: bool) -> ResNet:
 # --- runs: functions without arguments that return the feature maps, or a loss ---
 
 
-def jax_run(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, training: bool) -> Callable[[], list]:
+def jax_model(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, training: bool) -> Callable[[], list]:
     model = mmcv.load_into(nnx.eval_shape(lambda: resnet(deformable)), state_dict)
     model.eval()  # norm_eval is mmdet's default, so training uses the running statistics too
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -71,19 +72,9 @@ def jax_run(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, trai
     return lambda: jax.block_until_ready(compiled(parameters, x))
 
 
-def onnxruntime_run(state_dict: mmcv.StateDict, x: np.ndarray) -> Callable[[], list]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count()
-    model = onnx_graph(state_dict, x.shape).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"x": x})
-
-
-def onnx_graph(state_dict: mmcv.StateDict, shape: tuple[int, ...]):
-    """The state dict's ResNet-50 as an ONNX model, the layers in the order of their names' blocks."""
-    from onnx import TensorProto, helper, numpy_helper
+def onnxruntime_model(state_dict: mmcv.StateDict, image: np.ndarray) -> Callable[[], list]:
+    """The state dict's ResNet-50 as an ONNX graph, the layers in the order of their names' blocks."""
+    from onnx import helper, numpy_helper
 
     nodes, constants = [], {}
 
@@ -127,13 +118,11 @@ def onnx_graph(state_dict: mmcv.StateDict, shape: tuple[int, ...]):
             x = node("Relu", node("Add", y, x))
             block += 1
         outputs.append(x)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
-    graph = helper.make_graph(nodes, "resnet", inputs, values, list(constants.values()))
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = onnxruntime_session(nodes, {"x": image.shape}, outputs, list(constants.values()), os.cpu_count())
+    return lambda: session.run(None, {"x": image})
 
 
-def torch_run(state_dict: mmcv.StateDict, x: np.ndarray, *, training: bool) -> Callable[[], list]:
+def torch_model(state_dict: mmcv.StateDict, x: np.ndarray, *, training: bool) -> Callable[[], list]:
     """ResNet-50 without deformation, in functions of torch."""
     import torch
     from torch.nn import functional as F
@@ -178,17 +167,6 @@ def torch_run(state_dict: mmcv.StateDict, x: np.ndarray, *, training: bool) -> C
     return run
 
 
-def milliseconds(runs: dict[str, Callable[[], list]], rounds: int) -> dict[str, float]:
-    """Medians of the runs, which take turns."""
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
@@ -199,25 +177,23 @@ def main() -> None:
     for training in False, True:
         shape = (2, 3, 224, 224) if options.quick else (8, 3, 224, 224) if training else (1, 3, 800, 1344)
         x = rng.normal(size=shape).astype(np.float32)
-        runs = {"jax_dcn": jax_run(deformable, x, deformable=True, training=training)}
+        runs = {"jax_dcn": jax_model(deformable, x, deformable=True, training=training)}
         if not training:
-            runs["ONNX Runtime"] = onnxruntime_run(deformable, x)
-        runs["plain convolutions, XLA"] = jax_run(plain, x, deformable=False, training=training)
-        runs["plain convolutions, torch"] = torch_run(plain, x, training=training)
+            runs["ONNX Runtime"] = onnxruntime_model(deformable, x)
+        runs["plain convolutions, XLA"] = jax_model(plain, x, deformable=False, training=training)
+        runs["plain convolutions, torch"] = torch_model(plain, x, training=training)
         results = {name: run() for name, run in runs.items()}
         for ours, theirs in (("jax_dcn", "ONNX Runtime"), ("plain convolutions, XLA", "plain convolutions, torch")):
             if not training:
-                errors = [
-                    np.abs(a - b).max() / np.abs(b).max() for a, b in zip(results[ours], results[theirs], strict=True)
-                ]
-                print(f"{ours} and {theirs} differ by {max(errors):.1e} of the largest value")
-                assert max(errors) < 1e-3
+                pairs = zip(results[ours], results[theirs], strict=True)
+                error = max(check({"y": a}, {"y": b}, 1e-3) for a, b in pairs)
+                print(f"{ours} and {theirs} differ by {error:.1e} of the largest value")
         del results
         before = os.getloadavg()[0]
-        medians = milliseconds(runs, options.rounds)
+        seconds = in_turn(list(runs.values()), options.rounds, warm_up=False)
         print(f"{'training step' if training else 'forward'}, {shape}, load {before:.1f} to {os.getloadavg()[0]:.1f}:")
-        for name, value in medians.items():
-            print(f"  {name:28}{value:10.0f} ms")
+        for name, times in zip(runs, seconds, strict=True):
+            print(f"  {name:28}{1e3 * np.median(times):10.0f} ms")
 
 
 if __name__ == "__main__":

@@ -99,11 +99,12 @@ def stopwatch(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """The seconds of calls, round by round. Every turn has an untimed call first, for the caches."""
+def in_turn(calls: list[Callable[[], Any]], rounds: int, warm_up: bool = True) -> list[list[float]]:
+    """The seconds of calls, round by round. `warm_up`: every turn has an untimed call first, for the caches."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, times in zip(calls, seconds, strict=True):
-            call()
+            if warm_up:
+                call()
             times.append(stopwatch(call)[0])
     return seconds
