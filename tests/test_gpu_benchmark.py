@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: its page, its processes, and the coordinates that torchvision has in float16."""
+"""benchmarks/gpu.py without a GPU: its page, processes and checks, and the coordinates of torchvision in float16."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
 import gpu_runs
+import runs
 from workloads import Workload
 
 TOP = Path(__file__).parents[1]
@@ -125,6 +126,26 @@ def test_the_wheel_names_its_commit(tmp_path):
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TOP / 'benchmarks')!r}]; import report; "
         code += "print(report.commit())"
         assert run_python(code).strip() == str(expected)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_wrong_numbers_fail(norm):
+    """Too large an error, a NaN in a large array or a small one, and arrays that are missing or of other shapes."""
+    rng = np.random.default_rng(0)
+    expected = {"y": rng.standard_normal((1, 7, 11, 256), np.float32), "x": rng.standard_normal(5, np.float32)}
+    assert runs.check({name: array * 1.01 for name, array in expected.items()}, expected, 0.02, norm) < 0.011
+    for name, what in (("y", "result"), ("x", "gradient of x")):
+        changed = expected[name] * 1.03
+        with pytest.raises(ValueError, match=f"the {what} is off by 3.0e-02, allowed is 2.0e-02"):
+            runs.check(expected | {name: changed}, expected, 0.02, norm)
+        changed = expected[name].copy()
+        changed.flat[-1] = np.nan
+        with pytest.raises(ValueError, match=f"the {what} is off by nan"):
+            runs.check(expected | {name: changed}, expected, 0.02, norm)
+        with pytest.raises(ValueError, match=r"has .* expected "):
+            runs.check(expected | {name: expected[name][:, None]}, expected, 0.02, norm)
+    with pytest.raises(ValueError, match="has "):
+        runs.check({"y": expected["y"]}, expected, 0.02, norm)
 
 
 def test_half_coordinates():
