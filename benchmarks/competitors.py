@@ -23,14 +23,10 @@ def onnxruntime_run(task: Task) -> Run:
     names = {"X": "x", "W": "weight", "offset": "offset", "": "bias", "mask": "mask"}
     feeds = {theirs: task.arrays[ours] for theirs, ours in names.items() if ours in task.arrays}
     inputs = list(names) if workload.modulated else list(feeds)
-    geometry = {
-        "kernel_shape": [workload.kernel] * 2,
-        "strides": [workload.stride] * 2,
-        "pads": [workload.padding] * 4,
-        "dilations": [workload.dilation] * 2,
-    }
-    groups = {"group": workload.groups, "offset_group": workload.deform_groups}
-    node = helper.make_node("DeformConv", inputs, ["Y"], **geometry, **groups)
+    attributes = {"kernel_shape": [workload.kernel] * 2, "strides": [workload.stride] * 2}
+    attributes |= {"pads": [workload.padding] * 4, "dilations": [workload.dilation] * 2}
+    attributes |= {"group": workload.groups, "offset_group": workload.deform_groups}
+    node = helper.make_node("DeformConv", inputs, ["Y"], **attributes)
     weight = numpy_helper.from_array(feeds.pop("W"), "W")
     session = onnxruntime_session([node], dict.fromkeys(feeds), ["Y"], [weight], task.threads)
     return Run(lambda: [{"y": session.run(None, feeds)[0]}])
@@ -60,14 +56,10 @@ def openvino_run(task: Task) -> Run:
     del operands["grad_y"]
     weight = opset8.constant(operands.pop("weight"))
     parameters = {name: opset8.parameter(operand.shape, np.float32) for name, operand in operands.items()}
+    stride, padding, dilation = ([n] * 2 for n in (workload.stride, workload.padding, workload.dilation))
     node = opset8.deformable_convolution(
-        parameters["x"],
-        parameters["offset"],
-        weight,
-        [workload.stride] * 2,
-        [workload.padding] * 2,
-        [workload.padding] * 2,
-        [workload.dilation] * 2,
+        *(parameters["x"], parameters["offset"], weight),
+        *(stride, padding, padding, dilation),
         parameters.get("mask"),
         group=workload.groups,
         deformable_group=workload.deform_groups,
@@ -100,7 +92,7 @@ def torch_conv_run(task: Task) -> Run:
 def paddle_run(task: Task) -> Run:
     import paddle
 
-    workload = task.workload
+    sizes = task.workload.sizes
     paddle.set_device("cpu")
     tensors = {
         name: paddle.to_tensor(operand, stop_gradient=not task.backward) for name, operand in task.arrays.items()
@@ -109,15 +101,10 @@ def paddle_run(task: Task) -> Run:
 
     def start() -> list[Results]:
         y = paddle.vision.ops.deform_conv2d(
-            tensors["x"],
-            tensors["offset"],
-            tensors["weight"],
-            stride=workload.stride,
-            padding=workload.padding,
-            dilation=workload.dilation,
-            deformable_groups=workload.deform_groups,
-            groups=workload.groups,
+            *(tensors["x"], tensors["offset"], tensors["weight"]),
             mask=tensors.get("mask"),
+            deformable_groups=sizes["deform_groups"],
+            **{name: sizes[name] for name in ("stride", "padding", "dilation", "groups")},
         )
         gradients = paddle.grad([y], list(tensors.values()), [grad_y]) if task.backward else ()
         return [{"y": y.detach(), **dict(zip(tensors, gradients, strict=task.backward))}]

@@ -47,10 +47,9 @@ def torchvision_run(task: Task) -> Run:
     from torchvision.ops import deform_conv2d
 
     torch.backends.cuda.matmul.allow_tf32 = task.precision != "highest"
-    workload = task.workload
+    sizes = {name: task.workload.sizes[name] for name in ("stride", "padding", "dilation")}
 
     def function(operands: dict[str, Any]) -> Any:
-        sizes = {"stride": workload.stride, "padding": workload.padding, "dilation": workload.dilation}
         return deform_conv2d(operands["x"], operands["offset"], operands["weight"], mask=operands.get("mask"), **sizes)
 
     return torch_run(function, task, task.arrays, "cuda", wide=())
@@ -95,11 +94,8 @@ def deformops_run(task: Task) -> Run:
         return conv(
             *(operands["x"], operands["offset"], operands["weight"]),
             mask=operands.get("mask"),
-            stride=workload.stride,
-            padding=workload.padding,
-            dilation=workload.dilation,
-            groups=workload.groups,
             offset_groups=workload.deform_groups,
+            **{name: workload.sizes[name] for name in ("stride", "padding", "dilation", "groups")},
             backend=Backend.TRITON,
         )
 
@@ -224,16 +220,9 @@ class Measurer:
             entry = {"case": name, "batch": batch, "direction": DIRECTIONS[backward], "mode": mode}
             entry |= {"competitor": label, "sets": sets}
             entries.append(entry)
-            task = Task(
-                self.workload,
-                backward,
-                "float32" if mode == "tf32" else mode,
-                competitor.data_format,
-                self.operands,
-                precision="highest" if mode == "float32" else None,
-                sets=sets,
-                few_tiles=self.few_tiles,
-            )
+            dtype, precision = "float32" if mode == "tf32" else mode, "highest" if mode == "float32" else None
+            task = Task(self.workload, backward, dtype, competitor.data_format, self.operands, precision, sets)
+            task = task._replace(few_tiles=self.few_tiles)
             try:
                 run = competitor.build(task)
                 if competitor.deformable:

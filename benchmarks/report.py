@@ -18,7 +18,7 @@ from typing import Any
 
 
 def listed(allowed: Collection[Any], kind: type = str) -> Callable[[str], list[Any]]:
-    """The type of an argument with commas."""
+    """The type of an argument that is a list with commas."""
 
     def parse(text: str) -> list[Any]:
         values = [kind(value) for value in text.split(",")]
@@ -51,7 +51,7 @@ def commit() -> tuple[str, bool]:
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """The version of a Python package."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
@@ -128,7 +128,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def milliseconds(times: Sequence[float]) -> str:
-    """The median of times in milliseconds; behind ~ if there is only one."""
+    """The median, after ~ if there is only one."""
     if not times:
         return ""
     value = statistics.median(times)
@@ -140,7 +140,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> str:
 
 
 def write_files(folder: Path, files: dict[str, str | dict[str, Any]]) -> None:
-    """Texts, and JSON. A run that is cut short leaves whole files of what it has measured."""
+    """Texts, and JSON of dicts. Each file is replaced as a whole, so that a run that is cut short leaves whole ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         new = folder / f"{name}.new"
