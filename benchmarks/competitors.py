@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -190,6 +191,9 @@ class Competition:
                         results = task.nhwc(run.fetch(results[0]))
                         expected = results if expected is None else expected
                         check(results, expected, TOLERANCE[dtype])
+                except ImportError as error:  # it is installed, but not with all that it needs
+                    left_out.add(label)
+                    print(f"{label} is left out: {described(error)}", file=sys.stderr, flush=True)
                 except Exception as error:
                     raise RuntimeError(f"{name}, {label}, {dtype}: {described(error)}") from error
         return seconds
