@@ -51,15 +51,15 @@ CHECKS = (
     Check("wide_256"),
 )
 
-# The tolerances of tests/tolerances.py, but for TF32, whose errors in these cases are 6e-4 at most: with operands that
-# are cut instead of rounded they are 1e-3.
+# The tests' tolerances, but for TF32, whose errors in these cases are 6e-4 at most: with operands that are cut instead
+# of rounded they are 1e-3.
 TOLERANCE = {"bfloat16": "bfloat16 samples", "float16": "float16 samples"}
 TF32_TOLERANCE = 8e-4
 
 
 @functools.cache
 def cases() -> dict[str, Any]:
-    from cases import ISLAND, Case
+    from support.cases import ISLAND, Case
 
     # The wide tiles want more than 128 blocks of 128 pixels.
     many_pixels = dict(batch=1, c_in=8, size=(131, 129), kernel=(1, 1), padding=(0, 0), mask=False)
@@ -104,8 +104,8 @@ def cases() -> dict[str, Any]:
 def operands(name: str, mode: str) -> tuple[dict[str, Any], Any]:
     """NCHW operands, of which some offsets lead nowhere, and a cotangent, in the dtypes of the mode."""
     import numpy as np
-    from cases import OUT_OF_RANGE, island
     from jax import numpy as jnp
+    from support.cases import OUT_OF_RANGE, island
 
     case = cases()[name]
     arrays = case.operands("float64")
@@ -126,7 +126,7 @@ def operands(name: str, mode: str) -> tuple[dict[str, Any], Any]:
 def lowered(name: str, arrays: dict[str, Any], cotangent: Any, implementation: str) -> Any:
     """The program of y and all gradients."""
     import jax
-    from cases import deform_conv2d
+    from support.cases import deform_conv2d
 
     @jax.jit
     def function(arrays, cotangent):
@@ -180,7 +180,7 @@ def run(mode: str, check: Check, exact: concurrent.futures.Future) -> dict[str, 
     """What came of a check: the largest error, relative to the largest value or to 1, and which results are wrong."""
     import jax
     import numpy as np
-    from tolerances import TOLERANCES
+    from support.tolerances import TOLERANCES
 
     tolerance = TF32_TOLERANCE if mode == "tf32" else TOLERANCES[TOLERANCE.get(mode, mode)]
     arguments = operands(check.case, mode)
@@ -212,7 +212,6 @@ def reports(mode: str, checks: list[Check]) -> Iterator[dict[str, Any]]:
 def run_in_this_process(mode: str, checks: list[Check]) -> None:
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"  # the reference is computed on the CPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    sys.path.insert(0, str(TESTS))
     if reason := unusable():
         print(reason)
         raise SystemExit(UNUSABLE)
@@ -248,10 +247,13 @@ class Unusable(Exception):
 def supervised(mode: str, checks: list[Check], under: list[str]) -> list[dict[str, Any]]:
     """The reports of all checks, in as many processes as it takes. Prints everything that these print."""
     done = []
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}  # what is checked are the tests' cases
     while checks:
         command = [*under, sys.executable, __file__, "--process", mode, *map("-".join, names(checks))]
         before, last = len(checks), ""
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        streams: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with subprocess.Popen(command, env=environment, **streams) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -19,6 +19,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
+from support.formats import DATA_FORMATS
 
 from jax_dcn._operator import native
 
@@ -54,7 +55,7 @@ def implementation(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["NCHW", "NHWC"])
+@pytest.fixture(params=DATA_FORMATS)
 def data_format(request):
     return request.param
 

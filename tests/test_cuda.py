@@ -1,16 +1,18 @@
 """What the CUDA lowering hands to its handler, and what the handler reads: checked where there is no GPU, too."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TORCHVISION, Case, deform_conv2d, forward
 from jax import lax
-from processes import run_python
-from programs import Thunks
-from tolerances import assert_close
+from support.cases import DTYPES_OF_16_BITS, OPERANDS, PER_IMAGE, TORCHVISION, Case, deform_conv2d, forward
+from support.formats import in_format
+from support.processes import run_python
+from support.programs import Thunks
+from support.tolerances import assert_close
 
 import jax_dcn
 from jax_dcn._operator import lowering, native
@@ -91,7 +93,7 @@ def test_forward(data_format):
 
 
 def test_backward(data_format):
-    function = gradients(deform_conv2d(CASE, data_format), ("x", "offset", "mask", "weight", "bias"))
+    function = gradients(deform_conv2d(CASE, data_format), OPERANDS)
     target, attributes, given, results = sole_call(lowered(function, operands()))
     assert target == "jax_dcn_deform_conv2d_backward"
     assert given == ["2x5x6x4xf32", "2x5x6x8xf32", "2x5x6x36xf32", "3x3x4x4xf32", "2x5x6x18xf32"]
@@ -103,18 +105,14 @@ def test_backward(data_format):
 
 def test_sums_are_wider_than_16_bits_and_gradients_not_wanted_are_left_out():
     arguments = operands(dtype="bfloat16") | {"offset": operands(dtype="float32")["offset"]}
-    function = gradients(deform_conv2d(CASE), ("x", "offset", "mask"))
+    function = gradients(deform_conv2d(CASE), PER_IMAGE)
     _, attributes, _, results = sole_call(lowered(function, arguments))
     assert results[:-1] == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xbf16"]
     assert [attributes[f"grad_{name}"] for name in GRADIENTS] == ["true", "true", "true", "false", "false"]
 
 
 def test_nhwc_is_not_transposed():
-    arguments = operands()
-    nhwc = {
-        name: a.transpose({"weight": (2, 3, 1, 0), "bias": (0,)}.get(name, (0, 2, 3, 1)))
-        for name, a in arguments.items()
-    }
+    nhwc = in_format("NHWC", operands())
     text = lowered(lambda o: jax_dcn.deform_conv2d(**o, **CASE.arguments, data_format="NHWC"), nhwc)
     assert "stablehlo.transpose" not in text
     assert len(calls(text)) == 1
@@ -156,7 +154,7 @@ def test_precision(precision, expected):
             assert attribute(precision="highest") == "true"
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", *DTYPES_OF_16_BITS])
 def test_precision_is_float32s(dtype):
     _, attributes, _, _ = sole_call(lowered(deform_conv2d(CASE, precision="highest"), operands(dtype=dtype)))
     assert attributes["highest_precision"] == "false"
@@ -195,15 +193,14 @@ def workspace_of(text):
 def test_workspace_for_any_batch_is_enough_for_each(case, flags, dtype, monkeypatch):
     """A program exported for any batch has work space for that batch, not for the largest."""
     monkeypatch.setenv("XLA_FLAGS", flags)
-    arguments = case.operands(dtype)
+    arguments = in_format("NHWC", dataclasses.replace(case, bias=False).operands(dtype))
     geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups, case.deform_groups)
 
     def shapes(batch):
         return {
-            name: jax.ShapeDtypeStruct((batch, *a.shape[2:], a.shape[1]), a.dtype)
+            name: jax.ShapeDtypeStruct((batch, *a.shape[1:]) if name in PER_IMAGE else a.shape, a.dtype)
             for name, a in arguments.items()
-            if name in ("x", "offset", "mask")
-        } | {"weight": jax.ShapeDtypeStruct((*case.kernel, case.c_in // case.groups, case.c_out), dtype)}
+        }
 
     (n,) = jax.export.symbolic_shape("n")
     for target in TARGETS:
@@ -220,7 +217,7 @@ def test_workspace_for_any_batch_is_enough_for_each(case, flags, dtype, monkeypa
 def test_export_with_a_symbolic_batch():
     (n,) = jax.export.symbolic_shape("n")
     shapes = {
-        name: jax.ShapeDtypeStruct((n, *a.shape[1:]) if name in ("x", "offset", "mask") else a.shape, a.dtype)
+        name: jax.ShapeDtypeStruct((n, *a.shape[1:]) if name in PER_IMAGE else a.shape, a.dtype)
         for name, a in operands().items()
     }
     exported = jax.export.export(

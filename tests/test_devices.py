@@ -12,16 +12,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import cases
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from cases import Case
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import run_python
-from tolerances import assert_close
+from support import marks
+from support.cases import OPERANDS, PER_IMAGE, Case
+from support.formats import in_format
+from support.processes import run_python
+from support.tolerances import assert_trees_close
 
 import jax_dcn
 
@@ -66,8 +66,8 @@ SHARINGS = {
 
 def run_on_four_devices(check, *arguments):
     run_python(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"import {check.__module__} as tests; tests.{check.__name__}(*{arguments!r})",
+        Path(__file__).parent,
         # XLA ends the process where a busy machine lets a device wait for the others for 40 s.
         XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600",
         JAX_DCN_IMPLEMENTATION=os.environ["JAX_DCN_IMPLEMENTATION"],
@@ -76,11 +76,8 @@ def run_on_four_devices(check, *arguments):
 
 def operands_of(case, data_format):
     """float32, in the data format."""
-    operands = case.operands("float32")
-    operands["offset"] += 1 / 2048  # off the lattice lines, where rounding decides between two derivatives
-    if data_format == "NHWC":
-        operands |= {name: np.moveaxis(operands[name], 1, 3) for name in ("x", "offset", "mask")}
-        operands["weight"] = operands["weight"].transpose(2, 3, 1, 0)
+    # On the lattice lines rounding would decide between two derivatives.
+    operands = in_format(data_format, case.smooth_operands("float32"))
     return {name: jnp.asarray(value) for name, value in operands.items()}
 
 
@@ -98,10 +95,6 @@ def jvp(f):
 
 def hvp(f):
     return lambda operands: jax.jvp(jax.grad(loss(f)), (operands,), (operands,))[1]
-
-
-def assert_trees_close(actual, expected):
-    jax.tree.map(assert_close, actual, expected)
 
 
 def collectives(compiled):
@@ -145,7 +138,7 @@ def sharded(sharing, operands, data_format):
     return {name: NamedSharding(mesh, spec(name)) for name in operands}, NamedSharding(mesh, spec("y"))
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_jit_over_a_mesh(implementation, data_format):
     run_on_four_devices(check_jit_over_a_mesh, data_format)
 
@@ -208,14 +201,11 @@ class Fallback:
         return Case("fallback", **sizes, groups=self.groups, deform_groups=self.deform_groups)
 
 
-PER_IMAGE = ("x", "offset", "mask")
-ALL = (*PER_IMAGE, "weight", "bias")
-
 # The weight, and the bias where it is sharded too, are gathered once, for the forward and the backward together.
 FALLBACKS = {
-    "images_and_channels": Fallback(ALL, forward={"all-gather": 2}, gradients={"all-gather": 2, "all-reduce": 1}),
+    "images_and_channels": Fallback(OPERANDS, forward={"all-gather": 2}, gradients={"all-gather": 2, "all-reduce": 1}),
     "images_and_groups": Fallback(
-        ALL, groups=4, forward={"all-gather": 2}, gradients={"all-gather": 2, "all-reduce": 1}
+        OPERANDS, groups=4, forward={"all-gather": 2}, gradients={"all-gather": 2, "all-reduce": 1}
     ),
     "deform_groups_across_groups": Fallback(groups=4, deform_groups=2),
     "six_groups": Fallback(channels=12, groups=6),
@@ -224,7 +214,7 @@ FALLBACKS = {
 }
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_fallbacks(implementation, data_format):
     run_on_four_devices(check_fallbacks, data_format)
 
@@ -249,7 +239,7 @@ def check_fallbacks(data_format):
             assert collectives(shared) == exchanged
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_uneven_shards(implementation, data_format):
     """XLA pads the last shard, with anything: it must not enter the sums over images or channels."""
     run_on_four_devices(check_uneven_shards, data_format)
@@ -258,7 +248,7 @@ def test_uneven_shards(implementation, data_format):
 def check_uneven_shards(data_format):
     jax.config.update("jax_disable_most_optimizations", True)  # only the numbers count
     cases_of = {groups: Case("uneven", batch=8, c_out=8, groups=groups) for groups in (1, 2)}
-    spec = on_one_axis(operands_of(cases_of[1], data_format), data_format, ALL)
+    spec = on_one_axis(operands_of(cases_of[1], data_format), data_format, OPERANDS)
 
     def images(start, stop):
         return lambda operands: operands | {name: operands[name][start:stop] for name in PER_IMAGE}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.formats import to_nhwc
 
 import jax_dcn
 
@@ -28,8 +29,7 @@ ARGUMENTS = {"stride": (2, 1), "padding": (1, 1), "dilation": (2, 2), "groups": 
 def to_format(name, shape, data_format):
     if data_format == "NCHW" or len(shape) != 4:
         return shape
-    a, b, c, d = shape
-    return (c, d, b, a) if name == "weight" else (a, c, d, b)
+    return to_nhwc(np.empty(shape), name).shape
 
 
 def trace(function, data_format="NCHW", *, dtypes=None, **changes):
@@ -145,7 +145,7 @@ def test_unknown_data_format(function, data_format):
 
 
 @both_functions
-@pytest.mark.parametrize("name", ["x", "offset", "mask", "weight", "bias"])
+@pytest.mark.parametrize("name", valid_shapes())
 def test_operand_that_is_not_an_array(function, name):
     operands = {name: jnp.ones(shape) for name, shape in valid_shapes().items()}
     operands[name] = operands[name].tolist()

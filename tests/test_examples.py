@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import models_golden
 import numpy as np
 import pytest
 from flax import nnx
+from support.formats import to_nchw, to_nhwc
+from support.models_golden import GoldenModel
 
 from jax_dcn import mmcv
 
@@ -28,16 +29,16 @@ def example(name):
     return sys.modules[name]
 
 
-def load(case, build):
+def load(golden, build):
     # As a detector's checkpoint has them.
-    state_dict = {f"part.{key}": array for key, array in case.state_dict.items()}
-    model = mmcv.load_into(nnx.eval_shape(lambda: build(**case.config, rngs=nnx.Rngs(0))), state_dict, prefix="part")
-    assert all(np.array_equal(array, case.state_dict[key]) for key, array in mmcv.to_state_dict(model).items())
-    return model, [jnp.moveaxis(jnp.asarray(x), 1, 3) for x in case.inputs]
+    state_dict = {f"part.{key}": array for key, array in golden.state_dict.items()}
+    model = mmcv.load_into(nnx.eval_shape(lambda: build(**golden.config, rngs=nnx.Rngs(0))), state_dict, prefix="part")
+    assert all(np.array_equal(array, golden.state_dict[key]) for key, array in mmcv.to_state_dict(model).items())
+    return model, [to_nhwc(jnp.asarray(x)) for x in golden.inputs]
 
 
 def assert_close(actual, expected):
-    actual = np.moveaxis(np.asarray(actual), 3, 1)
+    actual = to_nchw(np.asarray(actual))
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     print(f"relative error {error:.1e}")
     assert error < 1e-5
@@ -49,15 +50,15 @@ def test_an_example_is_short(name):
 
 
 def test_edvr():
-    case = models_golden.Case("edvr")
-    model, inputs = load(case, example("edvr").PCDAlignment)
-    assert_close(model(inputs[:3], inputs[3:]), case.outputs[0])
+    golden = GoldenModel("edvr")
+    model, inputs = load(golden, example("edvr").PCDAlignment)
+    assert_close(model(inputs[:3], inputs[3:]), golden.outputs[0])
 
 
 def test_reppoints():
-    case = models_golden.Case("reppoints")
-    head, inputs = load(case, example("reppoints").RepPointsHead)
-    for actual, expected in zip(head(*inputs), case.outputs, strict=True):
+    golden = GoldenModel("reppoints")
+    head, inputs = load(golden, example("reppoints").RepPointsHead)
+    for actual, expected in zip(head(*inputs), golden.outputs, strict=True):
         assert_close(actual, expected)
 
 
@@ -74,8 +75,8 @@ def test_boxes_of_points():
 
 def test_reppoints_gradient_of_points():
     """A tenth of the convolutions' gradient reaches the points."""
-    case = models_golden.Case("reppoints")
-    head, (x,) = load(case, example("reppoints").RepPointsHead)
+    golden = GoldenModel("reppoints")
+    head, (x,) = load(golden, example("reppoints").RepPointsHead)
 
     def gradient(gradient_mul):
         head.gradient_mul = gradient_mul

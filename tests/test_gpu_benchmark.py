@@ -5,48 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-from processes import run_python
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import gpu
 import gpu_runs
+import numpy as np
+import pytest
 import runs
+from support.benchmark_reports import benchmark_report
+from support.processes import run_python
 from workloads import Workload
 
 TOP = Path(__file__).parents[1]
-
-ENVIRONMENT = dict(
-    processor="a processor",
-    cores=16,
-    load_average=0.1,
-    commit="abc",
-    uncommitted_changes=False,
-    config=["jax_dcn 0"],
-    gpu="a GPU",
-    card="its name, its driver",
-    versions={"torch": "2"},
-)
-
-
-def measurement(competitor, build="this", **more):
-    entry = dict(case="r50_c4", batch=16, direction="both", mode="bfloat16", competitor=competitor, build=build)
-    return entry | more
-
-
-def benchmark_report(*more, **changed):
-    measurements = [
-        measurement(gpu.OWN, milliseconds=[2.0, 2.0], host_milliseconds=[0.1, 0.1], error=1e-3),
-        measurement(gpu.OWN, build="baseline", milliseconds=[4.0, 4.0], host_milliseconds=[0.1, 0.1], error=1e-3),
-        measurement("plain convolution", milliseconds=[1.0, 1.0], host_milliseconds=[0.1, 0.1]),
-        measurement("torchvision", milliseconds=[8.0, 8.0], host_milliseconds=[0.1, 0.1], error=1e-3),
-        *more,
-    ]
-    builds = {"this": ENVIRONMENT, "baseline": ENVIRONMENT}
-    report = {"few_tiles": True, "left_out": [], "under_way": None, "measurements": measurements, "builds": builds}
-    return report | changed
 
 
 def test_the_page_of_the_benchmark():
@@ -123,9 +91,8 @@ def test_the_wheel_names_its_commit(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax_dcn\nVersion: 0.1.0\n")
     for tag, expected in (("0_g12ab", ("12ab", False)), ("0_g12ab_changed", ("12ab", True))):
         (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: cp312-cp312-linux_x86_64\nBuild: {tag}\n")
-        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(TOP / 'benchmarks')!r}]; import report; "
-        code += "print(report.commit())"
-        assert run_python(code).strip() == str(expected)
+        printed = run_python("import report; print(report.commit())", tmp_path, TOP / "benchmarks")
+        assert printed.strip() == str(expected)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -10,17 +10,13 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import gpu
 import gpu_smoke
 import gpu_steps
+import numpy as np
+import pytest
 from gpu_steps import Failed, NotRun, Result, Step, Stopped
-from test_gpu_benchmark import benchmark_report, measurement
+from support.benchmark_reports import benchmark_report, measurement
 
 TOP = Path(__file__).parents[1]
 loader = importlib.machinery.SourceFileLoader("gpu_check", str(TOP / "scripts" / "gpu_check"))

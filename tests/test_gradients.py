@@ -1,38 +1,20 @@
 """Reverse mode: the gradients are mmcv's, and those that nobody asks for are not computed."""
 
 import dataclasses
-import functools
-import itertools
 
-import cases
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import AWKWARD, LARGE, TORCHVISION, Case
 from jax import lax
 from jax.interpreters import partial_eval as pe
 from jax.test_util import check_grads
-from tolerances import assert_close
+from support import cases, golden, marks
+from support.cases import AWKWARD, BY_NAME, DTYPES, DTYPES_OF_16_BITS, LARGE, OPERANDS, SUBSETS, TORCHVISION, Case
+from support.tolerances import assert_close
 
 import jax_dcn
 from jax_dcn._operator import native
-
-BY_NAME = {case.name: case for case in AWKWARD}
-OPERANDS = ("x", "offset", "mask", "weight", "bias")
-
-
-def by_definition(case, operands, cotangent):
-    operands = {"mask": None, "bias": None, **operands}
-    return oracle.deform_conv2d_backward(cotangent, **operands, **case.arguments)
-
-
-@functools.cache
-def drawn_by_definition(case):
-    """For the values that float64 and float32 share."""
-    return by_definition(case, case.operands(), case.cotangent())
 
 
 def assert_gradients_close(actual, expected, operands, tolerances=None):
@@ -53,7 +35,7 @@ def assert_gradients_close(actual, expected, operands, tolerances=None):
 
 
 @pytest.mark.parametrize("case", golden.CASES, ids=str)
-@cases.dtypes_and_formats
+@marks.dtypes_and_formats
 def test_gradients_are_mmcvs(case, implementation, dtype, data_format):
     """Zero and integer offsets among them, where the border rule shows."""
     operands = golden.operands(case, dtype)
@@ -62,20 +44,20 @@ def test_gradients_are_mmcvs(case, implementation, dtype, data_format):
 
 
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-@cases.implementations_dtypes_and_formats
+@marks.implementations_dtypes_and_formats
 def test_gradients_are_the_definition(case, implementation, dtype, data_format):
     operands = case.operands(dtype)
     actual = cases.gradients(case, operands, case.cotangent(dtype), data_format)
-    assert_gradients_close(actual, drawn_by_definition(case), operands)
+    assert_gradients_close(actual, cases.drawn_gradients_by_definition(case), operands)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("implementation", ["native"], indirect=True)
-@cases.dtypes_and_formats
+@marks.dtypes_and_formats
 def test_gradients_of_large_operands_are_the_definition(case, implementation, dtype, data_format):
     operands = case.operands(dtype)
     actual = cases.gradients(case, operands, case.cotangent(dtype), data_format)
-    assert_gradients_close(actual, drawn_by_definition(case), operands)
+    assert_gradients_close(actual, cases.drawn_gradients_by_definition(case), operands)
 
 
 @pytest.mark.parametrize("wanted", OPERANDS)
@@ -92,14 +74,14 @@ def test_gradients_are_the_finite_differences(implementation, wanted):
 # --- dtypes ---
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_16_BITS)
 @pytest.mark.parametrize("name", ["torchvision", "c_in_258"])
 def test_16_bit_gradients_are_the_rounded_definition(name, implementation, dtype):
     case = BY_NAME[name]
     operands, cotangent = case.operands(dtype), case.cotangent(dtype)
     actual = cases.gradients(case, operands, cotangent)
     tolerances = {"weight": cases.tolerance_of_products(dtype, implementation)}
-    assert_gradients_close(actual, by_definition(case, operands, cotangent), operands, tolerances)
+    assert_gradients_close(actual, cases.gradients_by_definition(case, operands, cotangent), operands, tolerances)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +98,10 @@ def test_gradients_have_the_dtypes_of_their_operands(implementation, x, offset, 
     operands = {**case.operands(x), "offset": case.operands(offset)["offset"], "mask": case.operands(mask)["mask"]}
     cotangent = case.cotangent(x)
     actual = cases.gradients(case, operands, cotangent)
-    assert_gradients_close(actual, by_definition(case, operands, cotangent), operands)
+    assert_gradients_close(actual, cases.gradients_by_definition(case, operands, cotangent), operands)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_16_BITS)
 def test_16_bit_gradients_are_summed_in_float32(implementation, dtype):
     """Positive terms: thousands of them meet in a pixel, in a weight and in a bias."""
     case = Case("positive", batch=1, c_in=2, c_out=64, size=(4, 256), padding=(1, 1))
@@ -127,7 +109,7 @@ def test_16_bit_gradients_are_summed_in_float32(implementation, dtype):
     operands |= {name: abs(operands[name]) for name in ("x", "mask", "weight")}
     operands["offset"] = np.round(operands["offset"] / 4)
     actual = cases.gradients(case, operands, cotangent)
-    assert_gradients_close(actual, by_definition(case, operands, cotangent), operands)
+    assert_gradients_close(actual, cases.gradients_by_definition(case, operands, cotangent), operands)
 
 
 # --- lattice, border and beyond ---
@@ -166,12 +148,12 @@ def test_offset_gradient_at_the_border(implementation, dtype, axis):
     assert_close(gradient[:, axis, 0, 0], list(expected.values()))
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unusable_coordinates_have_zero_gradients(implementation, dtype):
     operands, unusable = cases.unusable_coordinates(dtype)
     cotangent = cases.UNUSABLE.cotangent("float32")
     actual = cases.gradients(cases.UNUSABLE, operands, cotangent)
-    assert_gradients_close(actual, by_definition(cases.UNUSABLE, operands, cotangent), operands)
+    assert_gradients_close(actual, cases.gradients_by_definition(cases.UNUSABLE, operands, cotangent), operands)
     assert not np.any(np.asarray(actual["mask"])[unusable])
     assert not np.any(np.asarray(actual["offset"])[np.repeat(unusable, 2, axis=1)])
 
@@ -183,14 +165,14 @@ def test_mask_of_a_tap_outside_the_image_does_not_reach_the_gradients(implementa
     operands["offset"].reshape(-1, 2, *case.output_size)[4] = -50
     operands["mask"][:, 4] = value
     actual = cases.gradients(case, operands, cotangent)
-    assert_gradients_close(actual, by_definition(case, operands, cotangent), operands)
+    assert_gradients_close(actual, cases.gradients_by_definition(case, operands, cotangent), operands)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_pixels_that_no_sample_touches_do_not_leak(implementation, value):
     operands, untouched = cases.island()
     cotangent = cases.ISLAND.cotangent()
-    expected = by_definition(cases.ISLAND, operands, cotangent)
+    expected = cases.gradients_by_definition(cases.ISLAND, operands, cotangent)
     operands["x"][:, :, untouched] = value
     actual = cases.gradients(cases.ISLAND, operands, cotangent)
     assert_gradients_close(actual, expected, operands)
@@ -220,9 +202,6 @@ def backward_calls(function, *args):
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return [eqn.params["wanted"] for eqn in jaxpr.eqns if eqn.primitive.name == "deform_conv2d_backward"]
-
-
-SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(OPERANDS, size)]
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
@@ -267,7 +246,7 @@ def test_a_gradient_asked_for_alone_is_the_same(implementation, wanted):
     def function(value):
         return jax.vjp(lambda value: cases.deform_conv2d(case)({**operands, wanted: value}), value)[1](cotangent)[0]
 
-    assert_close(function(operands[wanted]), by_definition(case, operands, cotangent)[wanted])
+    assert_close(function(operands[wanted]), cases.gradients_by_definition(case, operands, cotangent)[wanted])
 
 
 def test_compiled_program_asks_the_kernel_for_no_more(implementation):

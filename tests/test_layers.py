@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
-from processes import run_python
+from support.formats import DATA_FORMATS, to_nchw, to_nhwc
+from support.processes import run_python
 
 import jax_dcn
 
 LAYERS = ("DeformConv2d", "ModulatedDeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack")
 PACKS = LAYERS[2:]
-DATA_FORMATS = ("NCHW", "NHWC")
 
 # No two arguments alike, and a partition of the channels for each kind of group.
 KERNEL, STRIDE, PADDING, DILATION, GROUPS, DEFORM_GROUPS = (3, 2), (2, 1), (1, 2), (2, 1), 2, 3
@@ -83,11 +83,7 @@ def inputs_of(name, data_format="NCHW", batch=2, c_in=C_IN, mask_channels=MASK_C
         inputs.append(normal(batch, mask_channels * 2, *out, seed=2, scale=2))
         if name == "ModulatedDeformConv2d":
             inputs.append(normal(batch, mask_channels, *out, seed=3))
-    return inputs if data_format == "NCHW" else [channels_last(a) for a in inputs]
-
-
-def channels_last(a):
-    return jnp.moveaxis(a, 1, 3)
+    return inputs if data_format == "NCHW" else [to_nhwc(a) for a in inputs]
 
 
 def random_params(params):
@@ -123,7 +119,7 @@ def expected(name, params, inputs):
     return function(
         x,
         *samples,
-        jnp.transpose(params["kernel"], (3, 2, 0, 1)),
+        to_nchw(params["kernel"], "weight"),
         bias=params["bias"],
         stride=STRIDE,
         padding=PADDING,
@@ -204,7 +200,7 @@ def test_result(api, name, data_format):
     params = random_params(params)
     y = apply(params, *inputs)
     desired = expected(name, params, inputs_of(name))
-    assert_close(y, desired if data_format == "NCHW" else channels_last(desired))
+    assert_close(y, desired if data_format == "NCHW" else to_nhwc(desired))
 
 
 @pytest.mark.parametrize("name", LAYERS)

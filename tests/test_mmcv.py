@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from processes import run_python
+from support.formats import to_nchw, to_nhwc
+from support.processes import run_python
+from support.tolerances import assert_same_arrays
 
 import jax_dcn
 from jax_dcn import mmcv
@@ -33,13 +35,6 @@ def pack(prefix="", offset="conv_offset", channels=27, bias=False):
     return arrays | ({f"{prefix}bias": normal(C_OUT, seed=4)} if bias else {})
 
 
-def assert_same(actual, expected):
-    assert set(actual) == set(expected)
-    for key, array in expected.items():
-        assert (actual[key].dtype, actual[key].shape) == (array.dtype, array.shape), key
-        assert actual[key].tobytes() == array.tobytes(), key
-
-
 def messages(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "jax_dcn.mmcv"]
 
@@ -58,7 +53,7 @@ def test_round_trip_of_a_file(tmp_path, suffix):
         "transposed": normal(3, 2).T,
     }
     mmcv.save_checkpoint(arrays, tmp_path / f"model{suffix}")
-    assert_same(mmcv.load_checkpoint(tmp_path / f"model{suffix}"), arrays)
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / f"model{suffix}"), arrays)
 
 
 def test_torch_loads_what_is_written(tmp_path):
@@ -67,7 +62,7 @@ def test_torch_loads_what_is_written(tmp_path):
     mmcv.save_checkpoint(layer.state_dict(), tmp_path / "model.pth")
     loaded = torch.load(tmp_path / "model.pth", weights_only=True)
     layer.load_state_dict(loaded["state_dict"], strict=True)
-    assert_same(mmcv.load_checkpoint(tmp_path / "model.pth"), mmcv.load_checkpoint(layer.state_dict()))
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / "model.pth"), mmcv.load_checkpoint(layer.state_dict()))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -79,7 +74,7 @@ def test_detector_checkpoint(tmp_path, zipped):
     checkpoint = {"meta": {"epoch": 12, "CLASSES": ("cat",)}, "state_dict": state_dict, "optimizer": {"state": {}}}
     torch.save(checkpoint, tmp_path / "detector.pth", _use_new_zipfile_serialization=zipped)
     loaded = mmcv.load_checkpoint(tmp_path / "detector.pth", prefix="backbone.")
-    assert_same(loaded, pack("layer2.0.conv2."))
+    assert_same_arrays(loaded, pack("layer2.0.conv2."))
 
 
 class Foreign:
@@ -96,7 +91,7 @@ def test_other_objects_stay_inert(tmp_path):
     torch = pytest.importorskip("torch")
     checkpoint = {"state_dict": {"a": torch.ones(2)}, "message_hub": Foreign(), "rng": np.float64(1)}
     torch.save(checkpoint, tmp_path / "training.pth")
-    assert_same(mmcv.load_checkpoint(tmp_path / "training.pth"), {"a": np.ones(2, np.float32)})
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / "training.pth"), {"a": np.ones(2, np.float32)})
 
 
 class Malicious:
@@ -174,7 +169,7 @@ def test_numpy_arrays_in_a_pth(tmp_path, zipped, dtype):
     }
     torch.save(arrays, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     expected = {key: np.array(value, np.dtype(dtype).newbyteorder("="), order="C") for key, value in arrays.items()}
-    assert_same(mmcv.load_checkpoint(tmp_path / "a.pth"), expected)
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / "a.pth"), expected)
 
 
 class Reduced:
@@ -218,9 +213,9 @@ def test_command(tmp_path, capsys, monkeypatch):
         "-> backbone.layer2.0.conv2.conv_offset.weight" in printed.out
     )
     assert "in.pth" in printed.err  # the progress bar
-    assert_same(mmcv.load_checkpoint(tmp_path / "out.safetensors"), pack("layer2.0.conv2."))
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / "out.safetensors"), pack("layer2.0.conv2."))
     command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "same.safetensors"), "--keep-names"])
-    assert_same(mmcv.load_checkpoint(tmp_path / "same.safetensors", rules=False), arrays)
+    assert_same_arrays(mmcv.load_checkpoint(tmp_path / "same.safetensors", rules=False), arrays)
     with pytest.raises(SystemExit, match="1"):
         command.main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out.npz")])
     assert "out.npz must end in .pth, .pt or .safetensors" in capsys.readouterr().err
@@ -256,7 +251,7 @@ def test_mappings_are_unwrapped():
         {"model": {"state_dict": arrays}},
         {"params": arrays, "params_ema": {}},
     ):
-        assert_same(mmcv.load_checkpoint(checkpoint), arrays)
+        assert_same_arrays(mmcv.load_checkpoint(checkpoint), arrays)
     loaded = mmcv.load_checkpoint(arrays)
     loaded["weight"][...] = 0
     assert arrays["weight"].any()
@@ -265,7 +260,7 @@ def test_mappings_are_unwrapped():
 @pytest.mark.parametrize("prefix", ["backbone", "backbone."])
 def test_prefix(prefix):
     arrays = {f"backbone.{key}": array for key, array in pack().items()} | {"neck.a": np.ones(1)}
-    assert_same(mmcv.load_checkpoint(arrays, prefix), pack())
+    assert_same_arrays(mmcv.load_checkpoint(arrays, prefix), pack())
     with pytest.raises(ValueError, match=r"no key starts with 'body\.'; the keys start with backbone\., neck\."):
         mmcv.load_checkpoint(arrays, "body")
 
@@ -273,12 +268,12 @@ def test_prefix(prefix):
 @pytest.mark.parametrize("prefix", ["backbone", "module.backbone."])
 def test_prefix_below_data_parallel(prefix):
     arrays = {f"module.backbone.{key}": array for key, array in pack().items()} | {"module.neck.a": np.ones(1)}
-    assert_same(mmcv.load_checkpoint(arrays, prefix), pack())
+    assert_same_arrays(mmcv.load_checkpoint(arrays, prefix), pack())
 
 
 def test_prefix_beside_other_objects():
     arrays = {f"backbone.{key}": array for key, array in pack().items()} | {"epoch": 3, "backbone_name": "ResNet"}
-    assert_same(mmcv.load_checkpoint(arrays, "backbone"), pack())
+    assert_same_arrays(mmcv.load_checkpoint(arrays, "backbone"), pack())
 
 
 @pytest.mark.parametrize("start", ["", "module."])
@@ -286,7 +281,7 @@ def test_prefix_of_one_version_1_layer(start):
     old = pack(f"{start}backbone.layer2.0.conv2.") | {f"{start}backbone.layer2.0.conv1.weight": normal(2, 2)}
     old = {key.replace(".conv2.conv_offset.", ".conv2_offset."): array for key, array in old.items()}
     module = mmcv.load_into(layer(), old, prefix="backbone.layer2.0.conv2")
-    assert_same(mmcv.to_state_dict(module), pack())
+    assert_same_arrays(mmcv.to_state_dict(module), pack())
 
 
 @pytest.mark.parametrize("channels", [18, 27, 2 * 27])
@@ -295,7 +290,7 @@ def test_version_1(channels):
     old["layer2.0.conv2_offset.weight"] = old.pop("layer2.0.conv2.conv_offset.weight")
     old["layer2.0.conv2_offset.bias"] = old.pop("layer2.0.conv2.conv_offset.bias")
     loaded = mmcv.load_checkpoint(old)
-    assert_same(loaded, pack("layer2.0.conv2.", channels=channels))
+    assert_same_arrays(loaded, pack("layer2.0.conv2.", channels=channels))
     assert loaded.renamed == {
         "version 1 offset": [
             f"layer2.0.conv2_offset.{leaf} -> layer2.0.conv2.conv_offset.{leaf}" for leaf in ("weight", "bias")
@@ -306,9 +301,9 @@ def test_version_1(channels):
 def test_version_1_weight_and_bias_separately():
     mixed = pack("conv2.")
     mixed["conv2_offset.bias"] = mixed.pop("conv2.conv_offset.bias")
-    assert_same(mmcv.load_checkpoint(mixed), pack("conv2."))
+    assert_same_arrays(mmcv.load_checkpoint(mixed), pack("conv2."))
     present = pack("conv2.") | {"conv2_offset.bias": np.zeros(27, np.float32)}
-    assert_same(mmcv.load_checkpoint(present), present)
+    assert_same_arrays(mmcv.load_checkpoint(present), present)
 
 
 def test_other_layers_called_offset_keep_their_name():
@@ -320,7 +315,7 @@ def test_other_layers_called_offset_keep_their_name():
     bias = {"reg.weight": normal(6, 4, 3, 3), "reg_offset.bias": normal(18)}
     for arrays in heads, alone, small, taps, inputs, bias:
         loaded = mmcv.load_checkpoint(arrays)
-        assert_same(loaded, arrays)
+        assert_same_arrays(loaded, arrays)
         assert loaded.renamed == {}
 
 
@@ -333,14 +328,14 @@ def test_version_1_with_groups():
 def test_conv_offset_mask_and_data_parallel():
     arrays = {f"module.{key}": array for key, array in pack("dcn.", "conv_offset_mask", bias=True).items()}
     loaded = mmcv.load_checkpoint(arrays)
-    assert_same(loaded, pack("dcn.", bias=True))
+    assert_same_arrays(loaded, pack("dcn.", bias=True))
     assert list(loaded.renamed) == ["data parallel", "conv_offset_mask"]
-    assert_same(mmcv.load_checkpoint(pack(offset="conv_offset_mask")), pack())
+    assert_same_arrays(mmcv.load_checkpoint(pack(offset="conv_offset_mask")), pack())
 
 
 def test_numbered_offset_convolutions_keep_their_names():
     arrays = {f"deform.conv_offset.{i}.weight": normal(4, 4, 3, 3) for i in (0, 2, 4, 6)}
-    assert_same(mmcv.load_checkpoint(arrays), arrays)
+    assert_same_arrays(mmcv.load_checkpoint(arrays), arrays)
 
 
 def test_separate_convolutions():
@@ -397,11 +392,11 @@ def test_names_that_the_module_has_itself_stay(tmp_path, names, start):
     pytest.importorskip("safetensors")
     module = Port(**{name: convolution() for name in names})
     arrays = mmcv.to_state_dict(module, start)
-    assert_same(mmcv.to_state_dict(mmcv.load_into(module, arrays, start)), mmcv.to_state_dict(module))
+    assert_same_arrays(mmcv.to_state_dict(mmcv.load_into(module, arrays, start)), mmcv.to_state_dict(module))
     mmcv.save_checkpoint(arrays, tmp_path / "a.safetensors")
     loaded = mmcv.load_checkpoint(tmp_path / "a.safetensors", rules=False)
     assert loaded.renamed == {}
-    assert_same(loaded, arrays)
+    assert_same_arrays(loaded, arrays)
     mmcv.load_into(module, loaded, start)
     variables = LinenPort(names).init(jax.random.key(0), jnp.zeros((1, 4, 4, 27)))
     mmcv.load_into(variables, mmcv.to_state_dict(variables, start), start)
@@ -449,8 +444,8 @@ def test_converted_layouts():
         "moment_transfer": (2,),
         "scale": {"scale": ()},
     }
-    np.testing.assert_array_equal(tree["conv"]["kernel"], arrays["conv.weight"].transpose(2, 3, 1, 0))
-    assert_same(mmcv.to_state_dict(tree), arrays)
+    np.testing.assert_array_equal(tree["conv"]["kernel"], to_nhwc(arrays["conv.weight"], "weight"))
+    assert_same_arrays(mmcv.to_state_dict(tree), arrays)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +491,7 @@ def test_parameters_with_names_of_flax():
     module = Port(**{parent: Parameters(**names) for parent, names in shapes.items()})
     mmcv.load_into(module, arrays)
     np.testing.assert_array_equal(module.b.kernel[...], arrays["b.kernel"])
-    assert_same(mmcv.to_state_dict(module, names=arrays), arrays)
+    assert_same_arrays(mmcv.to_state_dict(module, names=arrays), arrays)
     tree = mmcv.convert_state_dict({key: arrays[key] for key in arrays if not key.startswith("e.")})
     assert set(mmcv.to_state_dict(tree)) == {"a.weight", "b.weight", "c.running_mean", "c.running_var", "d.weight"}
     np.testing.assert_array_equal(tree["b"]["kernel"], arrays["b.kernel"])
@@ -540,10 +535,10 @@ def test_shared_layers(build):
     arrays |= {f"tied.{name}": normal(3, seed=4) for name in ("weight", "other")}
     module = mmcv.load_into(build(Model), arrays)
     assert module.a is module.b and module.tied.weight is module.tied.other
-    assert_same(mmcv.to_state_dict(module), arrays)
+    assert_same_arrays(mmcv.to_state_dict(module), arrays)
     # One of the names is enough.
     some = {key: array for key, array in arrays.items() if key.startswith(("a.convs.", "b.bn.", "tied.other"))}
-    assert_same(mmcv.to_state_dict(mmcv.load_into(build(Model), some)), arrays)
+    assert_same_arrays(mmcv.to_state_dict(mmcv.load_into(build(Model), some)), arrays)
     with pytest.raises(mmcv.StateDictError, match=r"missing \(4\)"):
         mmcv.load_into(build(Model), {key: array for key, array in some.items() if not key.endswith("0.bias")})
 
@@ -554,13 +549,13 @@ def test_layers(name):
     options = dict(in_channels=C_IN, out_channels=C_OUT, kernel_size=3, padding=1, bias=True)
     layer = jax_dcn.nnx.__dict__[name](**options, rngs=nnx.Rngs(0))
     assert mmcv.load_into(layer, arrays) is layer
-    assert_same(mmcv.to_state_dict(layer), arrays)
+    assert_same_arrays(mmcv.to_state_dict(layer), arrays)
     linen_layer = getattr(jax_dcn, name)(**options, data_format="NHWC")
     variables = mmcv.load_into(linen_layer, arrays)
-    assert_same(mmcv.to_state_dict(variables, "backbone"), {f"backbone.{k}": v for k, v in arrays.items()})
+    assert_same_arrays(mmcv.to_state_dict(variables, "backbone"), {f"backbone.{k}": v for k, v in arrays.items()})
     x = jnp.asarray(normal(1, C_IN, 5, 6))
-    y = linen_layer.apply(variables, jnp.moveaxis(x, 1, 3))
-    np.testing.assert_allclose(jnp.moveaxis(y, 3, 1), layer(x), atol=1e-5)
+    y = linen_layer.apply(variables, to_nhwc(x))
+    np.testing.assert_allclose(to_nchw(y), layer(x), atol=1e-5)
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, mmcv.convert_state_dict(arrays))
 
 
@@ -585,7 +580,7 @@ def test_linen_lists_and_statistics():
     variables = mmcv.load_into(Blocks(), arrays | {"bn_1.num_batches_tracked": np.array(1)}, inputs=[x])
     assert set(variables) == {"params", "batch_stats"}
     np.testing.assert_array_equal(variables["batch_stats"]["bn_1"]["var"], arrays["bn_1.running_var"])
-    assert_same(mmcv.to_state_dict(variables, names=arrays), arrays)
+    assert_same_arrays(mmcv.to_state_dict(variables, names=arrays), arrays)
     with pytest.raises(TypeError, match=r"pass inputs=\(x, ...\)"):
         mmcv.load_into(Blocks(), arrays)
 
@@ -609,7 +604,7 @@ def test_nnx_containers_and_random_states():
     model = mmcv.load_into(Model(nnx.Rngs(0)), arrays)
     np.testing.assert_array_equal(model.conv_offset.layers[2].kernel[...], arrays["conv_offset.2.weight"].T)
     np.testing.assert_array_equal(model.embedding.embedding[...], arrays["embedding.weight"])
-    assert_same(mmcv.to_state_dict(model), arrays)
+    assert_same_arrays(mmcv.to_state_dict(model), arrays)
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -621,7 +616,7 @@ def test_checkpoints_without_counters(abstract):
         return jax_dcn.models.BatchNorm(3, rngs=nnx.Rngs(0))
 
     norm = mmcv.load_into(nnx.eval_shape(build) if abstract else build(), arrays)
-    assert_same(mmcv.to_state_dict(norm), arrays | {"num_batches_tracked": np.array(0)})
+    assert_same_arrays(mmcv.to_state_dict(norm), arrays | {"num_batches_tracked": np.array(0)})
 
 
 def test_counters_above_32_bits():
@@ -635,7 +630,7 @@ def test_complex_numbers():
     before = mmcv.to_state_dict(module := layer())
     with pytest.raises(TypeError, match=r"^load_into: conv_offset\.bias is complex, expected float32$"):
         mmcv.load_into(module, pack() | {"conv_offset.bias": np.ones(27, np.complex64)})
-    assert_same(mmcv.to_state_dict(module), before)
+    assert_same_arrays(mmcv.to_state_dict(module), before)
 
 
 def test_dtype_of_the_module():
@@ -670,7 +665,7 @@ def test_everything_wrong_in_one_error():
     assert caught.value.missing == ("weight",)
     assert caught.value.unexpected == ("fc.weight",)
     assert caught.value.misshaped == {"conv_offset.bias": ((18,), (27,))}
-    assert_same(mmcv.to_state_dict(module), before)
+    assert_same_arrays(mmcv.to_state_dict(module), before)
 
 
 def test_shapes_are_told_in_torchs_layout():
@@ -689,7 +684,7 @@ def test_long_errors_are_cut():
 def test_not_strict(caplog):
     module = layer()
     mmcv.load_into(module, {"weight": pack()["weight"], "fc.weight": normal(2, 2)}, strict=False)
-    assert_same({"weight": mmcv.to_state_dict(module)["weight"]}, {"weight": pack()["weight"]})
+    assert_same_arrays({"weight": mmcv.to_state_dict(module)["weight"]}, {"weight": pack()["weight"]})
     assert not module.conv_offset.kernel[...].any()
     assert messages(caplog) == [
         "2 arrays keep their values: conv_offset.bias, conv_offset.weight",

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import models_golden
 import numpy as np
 import pytest
 from flax import nnx
-from processes import run_python
+from support import models_golden
+from support.formats import DATA_FORMATS, to_nchw, to_nhwc
+from support.models_golden import GoldenModel
+from support.processes import run_python
+from support.tolerances import assert_same_arrays
 
 from jax_dcn import mmcv
 from jax_dcn.models import FPN, BatchNorm, FrozenParam, ResNet, ResNeXt
@@ -65,32 +68,25 @@ def test_mmdets_own_feature_maps():
     with np.load(DATA / "resnet50_dcnv2.npz") as golden:
         model.eval()
         assert_maps(run(model, golden["x"]), [golden[f"y{i}"] for i in range(4)], "mmdet 3.3.0")
-    assert_same_state_dict(mmcv.to_state_dict(model), state_dict)
-
-
-def assert_same_state_dict(actual, expected):
-    assert set(actual) == set(expected)
-    for key, array in expected.items():
-        assert (actual[key].dtype, actual[key].shape) == (array.dtype, array.shape), key
-        assert actual[key].tobytes() == array.tobytes(), key
+    assert_same_arrays(mmcv.to_state_dict(model), state_dict)
 
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnet(name):
-    case = models_golden.Case(name)
-    model = mmcv.load_into(abstract(build, case.config), case.state_dict)
+    golden = GoldenModel(name)
+    model = mmcv.load_into(abstract(build, golden.config), golden.state_dict)
     model.eval()
     # Operation by operation: like blocks are compiled once, where the whole of a deep model would be compiled.
-    assert_maps(model(*map(jnp.asarray, case.inputs)), case.outputs, name)
-    assert_same_state_dict(mmcv.to_state_dict(model), case.state_dict)
+    assert_maps(model(*map(jnp.asarray, golden.inputs)), golden.outputs, name)
+    assert_same_arrays(mmcv.to_state_dict(model), golden.state_dict)
 
 
 @pytest.mark.parametrize("name", FPNS)
 def test_fpn(name):
-    case = models_golden.Case(name)
-    model = mmcv.load_into(FPN(**case.config, rngs=nnx.Rngs(0)), case.state_dict)
-    assert_maps(run(model, case.inputs), case.outputs, name)
-    assert_same_state_dict(mmcv.to_state_dict(model), case.state_dict)
+    golden = GoldenModel(name)
+    model = mmcv.load_into(FPN(**golden.config, rngs=nnx.Rngs(0)), golden.state_dict)
+    assert_maps(run(model, golden.inputs), golden.outputs, name)
+    assert_same_arrays(mmcv.to_state_dict(model), golden.state_dict)
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +98,15 @@ def test_nhwc(small_state_dict):
     x = np.random.default_rng(0).normal(size=(1, 3, 33, 41)).astype(np.float32)
     nchw, nhwc = (
         mmcv.load_into(abstract(build, SMALL, data_format=data_format), small_state_dict)
-        for data_format in ("NCHW", "NHWC")
+        for data_format in DATA_FORMATS
     )
     maps = run(nchw, x)
     assert [m.shape for m in maps] == [(1, 32, 9, 11), (1, 64, 5, 6)]
-    assert_maps([jnp.moveaxis(m, 3, 1) for m in run(nhwc, np.moveaxis(x, 1, 3))], maps, "NHWC", 1e-6)
+    assert_maps([to_nchw(m) for m in run(nhwc, to_nhwc(x))], maps, "NHWC", 1e-6)
     pyramid = dict(in_channels=(32, 64), out_channels=8, num_outs=3)
     outs = FPN(**pyramid, rngs=nnx.Rngs(0))(maps)
-    outs_nhwc = FPN(**pyramid, data_format="NHWC", rngs=nnx.Rngs(0))([jnp.moveaxis(m, 1, 3) for m in maps])
-    assert_maps([jnp.moveaxis(m, 3, 1) for m in outs_nhwc], outs, "NHWC", 1e-6)
+    outs_nhwc = FPN(**pyramid, data_format="NHWC", rngs=nnx.Rngs(0))([to_nhwc(m) for m in maps])
+    assert_maps([to_nchw(m) for m in outs_nhwc], outs, "NHWC", 1e-6)
 
 
 def test_bfloat16(small_state_dict):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import run_python
-from tolerances import assert_close
+from support.processes import run_python
+from support.tolerances import assert_close
 
 from jax_dcn._operator import native
 

@@ -1,44 +1,38 @@
 """The numbers of the forward pass: the operator is mmcv's, in every geometry and dtype."""
 
 import dataclasses
-import functools
 
-import cases
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnx.reference
 import onnxruntime
-import oracle
 import pytest
-from cases import AWKWARD, DTYPES, LARGE, TORCHVISION, Case
 from jax import lax
-from tolerances import assert_close
+from support import cases, golden, marks
+from support.cases import (
+    AWKWARD,
+    BY_NAME,
+    DTYPES,
+    DTYPES_OF_16_BITS,
+    LARGE,
+    PER_IMAGE,
+    TORCHVISION,
+    Case,
+    by_definition,
+    drawn_by_definition,
+)
+from support.tolerances import assert_close
 
 import jax_dcn
 from jax_dcn._operator import native
-
-BY_NAME = {case.name: case for case in AWKWARD}
-
-
-def by_definition(case, operands):
-    operands = {"mask": None, "bias": None, **operands}
-    return oracle.deform_conv2d(**operands, **case.arguments)
-
-
-@functools.cache
-def drawn_by_definition(case):
-    """For the values that float64 and float32 share."""
-    return by_definition(case, case.operands())
-
 
 # --- against others ---
 
 
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-@cases.implementations_dtypes_and_formats
+@marks.implementations_dtypes_and_formats
 def test_result_is_the_definition(case, implementation, dtype, data_format):
     y = cases.forward(case, case.operands(dtype), data_format)
     assert y.dtype == dtype
@@ -47,13 +41,13 @@ def test_result_is_the_definition(case, implementation, dtype, data_format):
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("implementation", ["native"], indirect=True)
-@cases.dtypes_and_formats
+@marks.dtypes_and_formats
 def test_large_result_is_the_definition(case, implementation, dtype, data_format):
     assert_close(cases.forward(case, case.operands(dtype), data_format), drawn_by_definition(case))
 
 
 @pytest.mark.parametrize("case", golden.CASES, ids=str)
-@cases.dtypes_and_formats
+@marks.dtypes_and_formats
 def test_result_is_mmcvs(case, implementation, dtype, data_format):
     assert_close(cases.forward(case, golden.operands(case, dtype), data_format), golden.result(case))
 
@@ -146,7 +140,7 @@ def test_integer_offsets_are_shifted_reads(implementation, data_format):
 # --- dtypes ---
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_16_BITS)
 @pytest.mark.parametrize("name", ["torchvision", "kernel_7x7", "c_in_258"])
 def test_16_bit_result_is_the_rounded_definition(name, implementation, dtype, data_format):
     case = BY_NAME[name]
@@ -326,7 +320,7 @@ def test_image_does_not_depend_on_its_batch(implementation, data_format):
     together = cases.forward(TORCHVISION, operands, data_format)
     one = jax.jit(cases.deform_conv2d(TORCHVISION, data_format))
     for n in (0, 2, 17, 32):
-        alone = one({**operands, **{name: operands[name][n : n + 1] for name in ("x", "offset", "mask")}})
+        alone = one({**operands, **{name: operands[name][n : n + 1] for name in PER_IMAGE}})
         assert_close(together[n : n + 1], alone)
         if implementation == "native":
             np.testing.assert_array_equal(together[n : n + 1], alone)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.formats import DATA_FORMATS, to_nhwc
 
 import jax_dcn
 from jax_dcn import plot
@@ -37,14 +38,14 @@ def test_points_are_the_operators():
         np.testing.assert_allclose(weights @ points, y[:, group, 4, 12], rtol=1e-5)
 
 
-@pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_layers_are_composed(data_format):
     first, second = np.zeros((1, 18, 9, 9)), np.zeros((1, 18, 5, 5))
     second[0, 0::2, 2, 2], first[0, 1::2] = 1.3, 0.5  # a row and a bit down, then half a pixel to the right
     masks = [np.full((1, 9, 9, 9), 0.5), np.full((1, 9, 5, 5), 0.25)]
     if data_format == "NHWC":
-        first, second = np.moveaxis(first, 1, 3), np.moveaxis(second, 1, 3)
-        masks = [np.moveaxis(mask, 1, 3) for mask in masks]
+        first, second = to_nhwc(first), to_nhwc(second)
+        masks = [to_nhwc(mask) for mask in masks]
     points, weights = plot.sampling_coordinates(
         [first, second], (2, 2), mask=masks, stride=[1, 2], data_format=data_format
     )

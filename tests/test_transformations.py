@@ -2,33 +2,23 @@
 
 import functools
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case
 from jax import export
-from processes import run_python
-from tolerances import assert_close
+from support import cases, marks
+from support.cases import DTYPES_OF_16_BITS, PER_IMAGE, Case
+from support.processes import run_python
+from support.tolerances import assert_close, assert_trees_close
 
 # Small, for what takes the time is to compile, but with groups of both kinds.
 CASE = Case("small", c_in=4, c_out=4, size=(3, 4), kernel=(2, 2), padding=(1, 0), groups=2, deform_groups=2)
 
-PER_IMAGE = ("x", "offset", "mask")
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 
-
-def smooth_operands(seed=0):
-    """Operands whose samples are all off the lattice lines, where the operator has a kink."""
-    operands = CASE.operands(seed=seed)
-    operands["offset"] += 1 / 2048
-    return operands
-
-
-OPERANDS = smooth_operands()
-TANGENTS = {name: np.random.default_rng(5).standard_normal(value.shape) for name, value in OPERANDS.items()}
+PRIMALS = CASE.smooth_operands()
+TANGENTS = {name: np.random.default_rng(5).standard_normal(value.shape) for name, value in PRIMALS.items()}
 
 
 def function(data_format="NCHW", **arguments):
@@ -42,19 +32,19 @@ def loss(data_format="NCHW", **arguments):
 
 
 def by_definition(operands):
-    return oracle.deform_conv2d(**operands, **CASE.arguments)
+    return cases.by_definition(CASE, operands)
 
 
 def gradient_by_definition(operands):
-    cotangent = np.cos(by_definition(operands))
-    return oracle.deform_conv2d_backward(cotangent, **operands, **CASE.arguments)
+    """Of `loss`."""
+    return cases.gradients_by_definition(CASE, operands, np.cos(by_definition(operands)))
 
 
 def numeric_derivative(f, moving):
     """How f, of numpy arrays, changes when the operands in `moving` move along TANGENTS, by a central difference."""
     step = 1e-5
     there, back = (
-        f({name: value + sign * step * TANGENTS[name] * (name in moving) for name, value in OPERANDS.items()})
+        f({name: value + sign * step * TANGENTS[name] * (name in moving) for name, value in PRIMALS.items()})
         for sign in (1, -1)
     )
     return jax.tree.map(lambda a, b: (a - b) / (2 * step), there, back)
@@ -62,11 +52,11 @@ def numeric_derivative(f, moving):
 
 @functools.cache
 def numeric_jvp():
-    return numeric_derivative(by_definition, set(OPERANDS))
+    return numeric_derivative(by_definition, set(PRIMALS))
 
 
 @functools.cache
-def numeric_hvp(moving=tuple(OPERANDS)):
+def numeric_hvp(moving=tuple(PRIMALS)):
     """The Hessian of `loss` times TANGENTS of the operands in `moving`."""
     return numeric_derivative(gradient_by_definition, set(moving))
 
@@ -75,10 +65,6 @@ def assert_numerically_close(actual, expected):
     """A central difference in float64 has about 9 digits."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-7 * np.abs(e).max())
-
-
-def assert_trees_close(actual, expected):
-    jax.tree.map(assert_close, actual, expected)
 
 
 def dot(a, b):
@@ -98,11 +84,11 @@ HESSIAN_VECTOR_PRODUCTS = {
 
 
 @pytest.mark.parametrize("product", HESSIAN_VECTOR_PRODUCTS)
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_hessian_vector_product(implementation, data_format, product):
     forward_mode, hessian_vector_product = HESSIAN_VECTOR_PRODUCTS[product]
     f = loss(data_format, forward_mode=forward_mode)
-    actual = jax.jit(functools.partial(hessian_vector_product, f))(OPERANDS, TANGENTS)
+    actual = jax.jit(functools.partial(hessian_vector_product, f))(PRIMALS, TANGENTS)
     assert_numerically_close(actual, {name: numeric_hvp()[name] for name in actual})
 
 
@@ -112,19 +98,19 @@ def test_second_derivatives_of_one_operand(implementation, moving):
     f = loss()
 
     def gradient(moved):
-        return jax.grad(f)(OPERANDS | moved)
+        return jax.grad(f)(PRIMALS | moved)
 
-    at, along = ({name: values[name] for name in moving} for values in (OPERANDS, TANGENTS))
+    at, along = ({name: values[name] for name in moving} for values in (PRIMALS, TANGENTS))
     actual = jax.jit(lambda at, along: jax.jvp(gradient, (at,), (along,))[1])(at, along)
     assert_numerically_close(actual, {name: numeric_hvp(moving)[name] for name in actual})
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_hessian(implementation, data_format):
     """Forward over reverse mode, vmapped over all directions, of both operands and between them."""
     names = ("mask", "bias")
     f = loss(data_format, forward_mode=True)
-    hessian = jax.jit(jax.hessian(lambda moved: f(OPERANDS | moved)))({name: OPERANDS[name] for name in names})
+    hessian = jax.jit(jax.hessian(lambda moved: f(PRIMALS | moved)))({name: PRIMALS[name] for name in names})
     for row in names:
         actual = sum(np.tensordot(hessian[row][column], TANGENTS[column], TANGENTS[column].ndim) for column in names)
         assert_numerically_close(actual, numeric_hvp(names)[row])
@@ -141,42 +127,42 @@ def test_jvp_and_linearize_in_forward_mode(implementation, data_format):
         y, linear = jax.linearize(f, operands)
         return jax.jvp(f, (operands,), (tangents,)), (y, linear(tangents))
 
-    for y, y_dot in derivatives(OPERANDS, TANGENTS):
-        assert_close(y, by_definition(OPERANDS))
+    for y, y_dot in derivatives(PRIMALS, TANGENTS):
+        assert_close(y, by_definition(PRIMALS))
         assert_numerically_close(y_dot, numeric_jvp())
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_jacfwd_is_jacrev(implementation, data_format):
-    operands = {name: OPERANDS[name] for name in ("weight", "mask")}
+    operands = {name: PRIMALS[name] for name in ("weight", "mask")}
     forward, reverse = function(data_format, forward_mode=True), function(data_format)
 
     @jax.jit
     def jacobians(moved):
-        return jax.jacfwd(lambda moved: forward(OPERANDS | moved))(moved), jax.jacrev(
-            lambda moved: reverse(OPERANDS | moved)
+        return jax.jacfwd(lambda moved: forward(PRIMALS | moved))(moved), jax.jacrev(
+            lambda moved: reverse(PRIMALS | moved)
         )(moved)
 
     assert_trees_close(*jacobians(operands))
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_reverse_mode_in_forward_mode(implementation, data_format):
     assert_trees_close(
-        jax.jit(jax.grad(loss(data_format, forward_mode=True)))(OPERANDS),
-        {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS},
+        jax.jit(jax.grad(loss(data_format, forward_mode=True)))(PRIMALS),
+        {name: gradient_by_definition(PRIMALS)[name] for name in PRIMALS},
     )
 
 
 @pytest.mark.parametrize("moved", [("x",), ("x", "bias"), ("weight",), ("weight", "bias")], ids="-".join)
 def test_linear_transpose(implementation, moved):
     """In forward mode, along what the operator is linear in, as JAX's convolution has it."""
-    operands = {name: OPERANDS[name] for name in OPERANDS if name in moved or name != "bias"}
+    operands = {name: PRIMALS[name] for name in PRIMALS if name in moved or name != "bias"}
     linear = {name: operands.pop(name) for name in moved}
     f = function(forward_mode=True)
     cotangent = CASE.cotangent()
     (actual,) = jax.linear_transpose(lambda linear: f(operands | linear), linear)(cotangent)
-    expected = oracle.deform_conv2d_backward(cotangent, **{"bias": None, **operands, **linear}, **CASE.arguments)
+    expected = cases.gradients_by_definition(CASE, operands | linear, cotangent)
     assert_trees_close(actual, {name: expected[name] for name in moved})
 
 
@@ -184,12 +170,12 @@ def test_linear_transpose(implementation, moved):
 def test_linear_transpose_is_refused_where_not_linear(implementation, moved):
     f = function(forward_mode=True)
     with pytest.raises(NotImplementedError, match="not linear in"):
-        jax.linear_transpose(lambda linear: f(OPERANDS | linear), {name: OPERANDS[name] for name in moved})(
+        jax.linear_transpose(lambda linear: f(PRIMALS | linear), {name: PRIMALS[name] for name in moved})(
             CASE.cotangent()
         )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_16_BITS)
 def test_strict_dtype_promotion(implementation, dtype):
     """No derivative mixes dtypes without saying so."""
     operands = CASE.operands(dtype)
@@ -207,25 +193,24 @@ def test_strict_dtype_promotion(implementation, dtype):
 
 def test_forward_mode_is_refused_without_it(implementation):
     with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
-        jax.jvp(loss(), (OPERANDS,), (TANGENTS,))
+        jax.jvp(loss(), (PRIMALS,), (TANGENTS,))
 
 
 # --- vmap of derivatives ---
 
-EXAMPLES = [smooth_operands(seed) for seed in range(2)]
+EXAMPLES = [CASE.smooth_operands(seed=seed) for seed in range(2)]
 
 # Images only, which become more images; weights only; and all of it.
-MAPPED = (PER_IMAGE, ("weight", "bias"), tuple(OPERANDS))
+MAPPED = (PER_IMAGE, ("weight", "bias"), tuple(PRIMALS))
 
 
 @pytest.mark.parametrize("mapped", MAPPED, ids="-".join)
 def test_vmap_of_derivatives(implementation, mapped):
     """Of jvp, which jvp of vmap equals, and of the Hessian times a vector."""
     f, g = function(forward_mode=True), loss()
-    in_axes = {name: 0 if name in mapped else None for name in OPERANDS}
+    in_axes = {name: 0 if name in mapped else None for name in PRIMALS}
     stacked = {
-        name: np.stack([example[name] for example in EXAMPLES]) if name in mapped else OPERANDS[name]
-        for name in OPERANDS
+        name: np.stack([example[name] for example in EXAMPLES]) if name in mapped else PRIMALS[name] for name in PRIMALS
     }
     tangents = {name: np.stack([value, 2 * value]) if name in mapped else value for name, value in TANGENTS.items()}
 
@@ -242,8 +227,8 @@ def test_vmap_of_derivatives(implementation, mapped):
     one = jax.jit(along)
     for i, example in enumerate(EXAMPLES):
         y_dot, hvp = one(
-            {name: example[name] if name in mapped else OPERANDS[name] for name in OPERANDS},
-            {name: tangents[name][i] if name in mapped else TANGENTS[name] for name in OPERANDS},
+            {name: example[name] if name in mapped else PRIMALS[name] for name in PRIMALS},
+            {name: tangents[name][i] if name in mapped else TANGENTS[name] for name in PRIMALS},
         )
         assert_close(vmap_of_jvp[i], y_dot)
         assert_trees_close(jax.tree.map(lambda product, i=i: product[i], vmap_of_hvp), hvp)
@@ -253,11 +238,11 @@ def test_vmap_of_derivatives(implementation, mapped):
 
 
 @pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_checkpoint(implementation, data_format, policy):
     rematerialised = jax.checkpoint(loss(data_format), policy=getattr(jax.checkpoint_policies, policy))
-    actual = jax.jit(jax.grad(rematerialised))(OPERANDS)
-    assert_trees_close(actual, {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS})
+    actual = jax.jit(jax.grad(rematerialised))(PRIMALS)
+    assert_trees_close(actual, {name: gradient_by_definition(PRIMALS)[name] for name in PRIMALS})
 
 
 # Its result has x's shape, to be the next step's x.
@@ -270,8 +255,7 @@ SCANNED = Case("scanned", size=(3, 4), c_out=4, groups=2)
     indirect=["implementation"],
 )
 def test_scan(implementation, forward_mode):
-    operands = SCANNED.operands()
-    operands["offset"] += 1 / 2048
+    operands = SCANNED.smooth_operands()
     f = cases.deform_conv2d(SCANNED, forward_mode=forward_mode)
 
     def step(x, weight):
@@ -295,13 +279,13 @@ def test_scan(implementation, forward_mode):
 def test_disable_jit_and_debug_nans(implementation, data_format):
     f = loss(data_format)
     with jax.disable_jit(), jax.debug_nans(True):
-        actual = jax.grad(f)(OPERANDS)
-    assert_trees_close(actual, {name: gradient_by_definition(OPERANDS)[name] for name in OPERANDS})
+        actual = jax.grad(f)(PRIMALS)
+    assert_trees_close(actual, {name: gradient_by_definition(PRIMALS)[name] for name in PRIMALS})
 
 
 def test_debug_nans_finds_one(implementation):
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-        jax.jit(function())(OPERANDS | {"bias": np.full_like(OPERANDS["bias"], np.nan)})
+        jax.jit(function())(PRIMALS | {"bias": np.full_like(PRIMALS["bias"], np.nan)})
 
 
 def test_eval_shape(implementation, data_format):
@@ -310,24 +294,24 @@ def test_eval_shape(implementation, data_format):
             function(data_format)(operands),
             *jax.jvp(jax.grad(loss(data_format)), (operands,), (tangents,)),
         ),
-        OPERANDS,
+        PRIMALS,
         TANGENTS,
     )
     assert (y.shape, y.dtype) == ((CASE.batch, CASE.c_out, *CASE.output_size), jnp.float64)
-    for name, operand in OPERANDS.items():
+    for name, operand in PRIMALS.items():
         assert gradient[name].shape == product[name].shape == operand.shape
 
 
 # --- export ---
 
 
-@cases.implementations_and_formats
+@marks.implementations_and_formats
 def test_export_for_all_platforms_runs_in_another_process(implementation, data_format, tmp_path):
     """The result and, by the VJP that the artefact carries, the gradients, for a batch that was not exported."""
     (n,) = export.symbolic_shape("n")
     shapes = {
         name: jax.ShapeDtypeStruct((n, *value.shape[1:]) if name in PER_IMAGE else value.shape, value.dtype)
-        for name, value in OPERANDS.items()
+        for name, value in PRIMALS.items()
     }
     targets = ("jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward")
     exported = export.export(
@@ -338,7 +322,7 @@ def test_export_for_all_platforms_runs_in_another_process(implementation, data_f
     assert (targets[0] in exported.mlir_module()) == (implementation == "native")
     (tmp_path / "exported").write_bytes(exported.serialize(vjp_order=1))
 
-    repeated = {name: np.concatenate([value] * 3) if name in PER_IMAGE else value for name, value in OPERANDS.items()}
+    repeated = {name: np.concatenate([value] * 3) if name in PER_IMAGE else value for name, value in PRIMALS.items()}
     np.savez(tmp_path / "operands.npz", **repeated)
     run_python(
         f"""
@@ -355,5 +339,5 @@ np.savez({str(tmp_path / "results.npz")!r}, y=y, **vjp(jax.numpy.cos(y))[0])
         results = dict(file)
     assert_close(results["y"], by_definition(repeated))
     expected = gradient_by_definition(repeated)
-    for name in OPERANDS:
+    for name in PRIMALS:
         assert_close(results[name], expected[name], err_msg=name)

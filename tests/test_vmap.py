@@ -1,19 +1,14 @@
 """vmap over any subset of the operands, at any axis, is a loop over the examples."""
 
 import functools
-import itertools
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case
-from tolerances import assert_close
-
-OPERANDS = ("x", "offset", "mask", "weight", "bias")
-SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(OPERANDS, size)]
+from support import cases
+from support.cases import OPERANDS, PER_IMAGE, SUBSETS, Case
+from support.tolerances import assert_close
 
 # Groups of both kinds, so that a channel that strays into a neighbouring group shows.
 CASE = Case("grouped", c_in=6, c_out=4, size=(4, 3), kernel=(2, 1), groups=2, deform_groups=3)
@@ -45,9 +40,9 @@ def example(operands, in_axes, index):
 def loop(case, operands, in_axes, size, cotangents):
     """The results, and the gradients of each example, by the definition."""
     each = [example(operands, in_axes, index) for index in range(size)]
-    results = [oracle.deform_conv2d(**operands, **case.arguments) for operands in each]
+    results = [cases.by_definition(case, operands) for operands in each]
     gradients = [
-        oracle.deform_conv2d_backward(cotangent, **operands, **case.arguments)
+        cases.gradients_by_definition(case, operands, cotangent)
         for cotangent, operands in zip(cotangents, each, strict=True)
     ]
     return np.stack(results), {name: np.stack([g[name] for g in gradients]) for name in gradients[0]}
@@ -123,7 +118,7 @@ def test_nested(implementation, outer, inner):
     assert y.shape[:2] == (2, 3)
     for i, j in np.ndindex(2, 3):
         one = example(example(operands, outer_axes, i), inner_axes, j)
-        assert_close(y[i, j], oracle.deform_conv2d(**one, **CASE.arguments))
+        assert_close(y[i, j], cases.by_definition(CASE, one))
 
 
 @pytest.mark.parametrize("out_axis", [1, -1])
@@ -132,7 +127,7 @@ def test_out_axes(implementation, out_axis):
     y = jax.jit(jax.vmap(cases.deform_conv2d(CASE), (in_axes,), out_axis))(operands)
     for index in range(3):
         one = example(operands, in_axes, index)
-        assert_close(jnp.take(y, index, out_axis), oracle.deform_conv2d(**one, **CASE.arguments))
+        assert_close(jnp.take(y, index, out_axis), cases.by_definition(CASE, one))
 
 
 @pytest.mark.parametrize("subset", [("x",), ("weight",), ("offset", "mask"), OPERANDS], ids="-".join)
@@ -150,7 +145,7 @@ def test_mapped_axis_may_be_empty_or_one(implementation, subset, size):
     y, gradients = function(operands, cotangents)
     assert y.shape == cotangents.shape
     if size:
-        assert_close(y[0], oracle.deform_conv2d(**example(operands, in_axes, 0), **CASE.arguments))
+        assert_close(y[0], cases.by_definition(CASE, example(operands, in_axes, 0)))
     for name, gradient in gradients.items():
         assert gradient.shape == operands[name].shape
         if not size:
@@ -163,16 +158,15 @@ def test_without_mask_and_bias(implementation):
     y = jax.jit(jax.vmap(cases.deform_conv2d(case), (in_axes,)))(operands)
     for index in range(3):
         one = example(operands, in_axes, index)
-        assert_close(y[index], oracle.deform_conv2d(**one, mask=None, bias=None, **case.arguments))
+        assert_close(y[index], cases.by_definition(case, one))
 
 
 def test_vmap_of_images_equals_their_batch(implementation):
     """Bit for bit with the kernels: the examples become images of one call."""
     case = Case("images", batch=6, c_in=17, c_out=5, size=(9, 8))
     operands = case.operands("float32")
-    per_image = ("x", "offset", "mask")
-    split = operands | {name: operands[name].reshape(3, 2, *operands[name].shape[1:]) for name in per_image}
-    in_axes = {name: 0 if name in per_image else None for name in operands}
+    split = operands | {name: operands[name].reshape(3, 2, *operands[name].shape[1:]) for name in PER_IMAGE}
+    in_axes = {name: 0 if name in PER_IMAGE else None for name in operands}
     y = jax.jit(jax.vmap(cases.deform_conv2d(case), (in_axes,)))(split)
     together = cases.forward(case, operands)
     assert_close(y.reshape(together.shape), together)

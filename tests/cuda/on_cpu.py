@@ -5,25 +5,16 @@ import subprocess
 
 import jax.numpy as jnp
 import numpy as np
+from support.cases import OPERANDS
+from support.formats import to_nchw, to_nhwc
 
 # dtypes and what float32 products are made in: jax.lax.Precision.HIGHEST for "float32".
 MODES = ("float64", "float32", "tf32", "bfloat16", "float16")
 CODES = {name: code for code, name in enumerate(("float32", "float64", "bfloat16", "float16"))}
-NAMES = ("x", "offset", "mask", "weight", "bias")
 
 
 def dtype_of(mode):
     return jnp.dtype("float32" if mode == "tf32" else mode)
-
-
-def _nhwc(name, array):
-    axes = {"weight": (2, 3, 1, 0), "bias": (0,)}.get(name, (0, 2, 3, 1))
-    return np.ascontiguousarray(array.transpose(axes))
-
-
-def _nchw(name, array):
-    axes = {"weight": (3, 2, 0, 1), "bias": (0,)}.get(name, (0, 3, 1, 2))
-    return array.transpose(axes)
 
 
 class Failure(Exception):
@@ -43,7 +34,7 @@ def run(
     mode,
     operands,
     cotangent=None,
-    wanted=NAMES,
+    wanted=OPERANDS,
     deterministic=False,
     seed=0,
     fault=(),
@@ -55,33 +46,33 @@ def run(
     sizes = (n, h, w, case.c_in, h_out, w_out, case.c_out)
     sizes += case.kernel + case.stride + case.padding + case.dilation + (case.groups, case.deform_groups)
     wanted = [name for name in wanted if name in operands]
-    code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in NAMES}
+    code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in OPERANDS}
     call = struct.pack(
         "29q",
         *sizes,
         cotangent is not None,
         *(code["x"], code["offset"], code["mask"], "bias" in operands),
         *(mode == "float32", deterministic),
-        *(name in wanted for name in NAMES),
+        *(name in wanted for name in OPERANDS),
     )
     inputs = operands if cotangent is None else {"grad_y": cotangent, **operands}
     if cotangent is not None:
         inputs.pop("bias", None)
-    data = call + b"".join(_nhwc(name, inputs[name]).tobytes() for name in ("grad_y", *NAMES) if name in inputs)
+    data = call + b"".join(to_nhwc(inputs[name], name).tobytes() for name in ("grad_y", *OPERANDS) if name in inputs)
     output = execute(programs / f"cuda_on_cpu_{architecture}", seed, device, *fault, data=data)
 
     def take(name, like, dtype):
         nonlocal output
-        size = _nhwc(name, np.zeros(like)).shape
+        size = to_nhwc(np.zeros(like), name).shape
         array = np.frombuffer(output, dtype, count=np.prod(size, dtype=int)).reshape(size)
         output = output[array.nbytes :]
-        return _nchw(name, array)
+        return to_nchw(array, name)
 
     if cotangent is None:
         return take("y", (n, case.c_out, h_out, w_out), operands["x"].dtype)
     sums = jnp.promote_types(operands["x"].dtype, jnp.float32)
     return {
         name: take(name, operands[name].shape, operands[name].dtype if name in ("offset", "mask") else sums)
-        for name in NAMES
+        for name in OPERANDS
         if name in wanted
     }

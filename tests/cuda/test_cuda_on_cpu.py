@@ -4,18 +4,26 @@ See device_on_cpu.h. That the instructions do what they are documented to do, an
 """
 
 import dataclasses
-import os
 
-import cases
 import numpy as np
 import on_cpu
-import oracle
 import pytest
-from cases import AWKWARD, ISLAND, UNUSABLE, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_random import geometries
-from tolerances import TOLERANCES
+from support import cases
+from support.cases import (
+    AWKWARD,
+    DTYPES,
+    DTYPES_OF_16_BITS,
+    ISLAND,
+    OPERANDS,
+    UNUSABLE,
+    Case,
+    by_definition,
+    gradients_by_definition,
+)
+from support.strategies import SETTINGS, geometries
+from support.tolerances import TOLERANCES
 
 # What the rounding of products' operands adds to the tolerances, relative to the sum of the terms' magnitudes: terms of
 # few pixels may cancel. Samples are rounded to 8 bits in bfloat16 and to 11 in float16; TF32 has 11 bits, and both
@@ -67,20 +75,18 @@ def assert_close(mode, actual, expected, name, magnitude, rounded=ROUNDED):
 
 def absolute(operands):
     """Operands that give the sum of the terms' magnitudes: interpolation weights are not negative."""
-    return {name: a if name == "offset" or a is None else np.abs(a) for name, a in operands.items()}
+    return {name: a if name == "offset" else np.abs(a) for name, a in operands.items()}
 
 
 def check(programs, case, mode, operands, given=None, rounded=ROUNDED, **arguments):
     """The result and all gradients against the definition. The kernels may be `given` other operands."""
-    complete = {"mask": None, "bias": None, **operands}
     given = given or operands
     y = on_cpu.run(programs, case, mode, given, **arguments)
-    expected = oracle.deform_conv2d(**complete, **case.arguments)
-    assert_close(mode, y, expected, "y", oracle.deform_conv2d(**absolute(complete), **case.arguments), rounded)
+    assert_close(mode, y, by_definition(case, operands), "y", by_definition(case, absolute(operands)), rounded)
     cotangent = case.cotangent(y.dtype)
     gradients = on_cpu.run(programs, case, mode, given, cotangent, **arguments)
-    expected = oracle.deform_conv2d_backward(cotangent, **complete, **case.arguments)
-    magnitude = oracle.deform_conv2d_backward(np.abs(cotangent), **absolute(complete), **case.arguments)
+    expected = gradients_by_definition(case, operands, cotangent)
+    magnitude = gradients_by_definition(case, absolute(operands), np.abs(cotangent))
     # Differences of x have either sign, so magnitudes of x do not tell that of the gradient of offset.
     magnitude["offset"] = 2 * np.abs(expected["offset"])
     assert gradients.keys() == expected.keys()
@@ -100,9 +106,7 @@ def test_awkward_geometries(programs, case, mode):
 def test_wide_tiles(programs, case, mode, architecture):
     operands = case.operands(on_cpu.dtype_of(mode))
     y = on_cpu.run(programs, case, mode, operands, architecture=architecture)
-    complete = {"mask": None, "bias": None, **operands}
-    expected = oracle.deform_conv2d(**complete, **case.arguments)
-    assert_close(mode, y, expected, "y", oracle.deform_conv2d(**absolute(complete), **case.arguments))
+    assert_close(mode, y, by_definition(case, operands), "y", by_definition(case, absolute(operands)))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -110,7 +114,7 @@ def test_wide_tiles(programs, case, mode, architecture):
 @pytest.mark.parametrize("case", TURING, ids=str)
 def test_turing(programs, case, mode, deterministic):
     """Tensor cores for float16 only, no TF32, and narrower tiles in less shared memory."""
-    rounded = {name: ROUNDED[name] for name in ("bfloat16", "float16")}
+    rounded = {name: ROUNDED[name] for name in DTYPES_OF_16_BITS}
     operands = case.operands(on_cpu.dtype_of(mode))
     check(programs, case, mode, operands, rounded=rounded, deterministic=deterministic, architecture=750)
 
@@ -126,9 +130,7 @@ def test_second_device(programs, case, mode):
 
 
 @settings(
-    max_examples=int(os.environ.get("JAX_DCN_HYPOTHESIS_EXAMPLES", 25)),
-    derandomize=True,
-    deadline=None,
+    SETTINGS,
     # `programs` is of the session, but tests/conftest.py's fixtures are not asked for.
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -171,7 +173,7 @@ def test_same_bits_in_any_order(programs, mode, groups):
 
 
 @pytest.mark.parametrize("groups", [2, 12])
-@pytest.mark.parametrize("wanted", [(name,) for name in on_cpu.NAMES] + [("x", "mask"), ("offset", "weight")], ids=str)
+@pytest.mark.parametrize("wanted", [(name,) for name in OPERANDS] + [("x", "mask"), ("offset", "weight")], ids=str)
 def test_gradients_alone(programs, wanted, groups):
     case = Case("alone", c_in=12, c_out=36, groups=groups, deform_groups=3)
     operands, cotangent = case.operands("float32"), case.cotangent("float32")
@@ -182,7 +184,7 @@ def test_gradients_alone(programs, wanted, groups):
         np.testing.assert_array_equal(alone[name], everything[name])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unusable_coordinates(programs, dtype):
     operands, _ = cases.unusable_coordinates(dtype)
     check(programs, UNUSABLE, "float32", operands)

@@ -20,7 +20,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from programs import Thunks
+from support.cases import DTYPES, DTYPES_OF_16_BITS
+from support.formats import to_nchw, to_nhwc
+from support.programs import Thunks
 
 import jax_dcn
 from jax_dcn._operator import native
@@ -130,7 +132,7 @@ def program(name, data_format):
 # --- one device ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_handlers_are_found_and_nothing_else_is_run(compiled, name, dtype):
     """But for the gradients: the cotangent, and the rounding of those of x and the weight."""
@@ -138,7 +140,7 @@ def test_handlers_are_found_and_nothing_else_is_run(compiled, name, dtype):
     found = compiled(function, *shapes("NHWC", dtype=dtype))
     assert found.calls() == calls
     assert found.thunks.kinds() <= KINDS
-    rounds = dtype in ("bfloat16", "float16")
+    rounds = dtype in DTYPES_OF_16_BITS
     assert found.thunks.captured("kCustomKernel") == (1 + 2 * rounds if name == "gradients" else 0)
     assert found.thunks.outside("kCustomKernel") == 0
 
@@ -260,7 +262,7 @@ class Network(nnx.Module):
     def __call__(self, x):  # (N, H, W, 16)
         x = nnx.relu(self.first(x))
         if self.data_format == "NCHW":
-            x = jnp.moveaxis(self.deformable(jnp.moveaxis(x, 3, 1)), 1, 3)
+            x = to_nhwc(self.deformable(to_nchw(x)))
         else:
             x = self.deformable(x)
         return self.last(nnx.relu(x))

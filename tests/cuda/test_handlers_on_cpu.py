@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from processes import run_python
+from support.processes import python_path, run_python
 
 TOP = Path(__file__).parents[2]
 
@@ -48,8 +48,8 @@ def handlers(tmp_path_factory):
 
 
 def emulated(module, **environment):
-    """The environment in which handlers_on_cpu can be imported."""
-    path = os.pathsep.join([str(TOP / "tests/cuda"), os.environ.get("PYTHONPATH", "")])
+    """The environment in which handlers_on_cpu can be imported, and the smoke test."""
+    path = python_path(TOP / "tests/cuda", TOP / "tests", TOP / "scripts")
     return {"CUDA_HANDLERS_ON_CPU": str(module), "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment}
 
 
@@ -94,9 +94,7 @@ assert handlers_on_cpu.launched(0) == handlers_on_cpu.launched(1)
 
 def test_the_smoke_test_runs_every_kernel(handlers):
     """scripts/gpu_smoke.py, which says on a GPU which kernels are wrong."""
-    code = f"""
-import sys
-sys.path[:0] = [{str(TOP / "scripts")!r}, {str(TOP / "tests")!r}]
+    code = """
 import handlers_on_cpu, jax, gpu_smoke
 jax.config.update("jax_enable_x64", True)
 for mode in gpu_smoke.MODES:
@@ -114,8 +112,6 @@ print(*handlers_on_cpu.launched(), sep="\\n")
 @pytest.mark.parametrize("fault", ["results", "bits", "exception"])
 def test_the_smoke_test_finds_faults(fault, handlers):
     code = f"""
-import sys
-sys.path[:0] = [{str(TOP / "scripts")!r}, {str(TOP / "tests")!r}]
 import handlers_on_cpu, itertools, jax, gpu_smoke
 from jax_dcn._operator import native
 

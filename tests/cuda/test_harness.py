@@ -2,7 +2,7 @@
 
 import on_cpu
 import pytest
-from cases import Case
+from support.cases import Case
 
 FAULTS = {
     "no_barrier": "without a barrier between|never written",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import models_golden
+from support import models_golden
 
 
 def deform_conv2d(x, offset, mask, weight, bias=None, *, stride=1, padding=1, dilation=1, groups=1, deform_groups=1):

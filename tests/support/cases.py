@@ -1,32 +1,28 @@
-"""Geometries worth a test, operands for them, and the library called on those operands."""
+"""Geometries worth a test, operands for them, and the library and the definition called on those operands.
+
+All arrays are NCHW.
+"""
 
 import dataclasses
+import functools
+import itertools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jax_dcn
+from support import oracle
+from support.formats import in_format, to_nchw
+
+# Of the operator, in the order of the kernels' gradients. Those in front have an entry per image.
+OPERANDS = ("x", "offset", "mask", "weight", "bias")
+PER_IMAGE = OPERANDS[:3]
+SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(OPERANDS, size)]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-# Dtypes and data formats do not interact, so pairs of them will do.
-dtypes_and_formats = pytest.mark.parametrize(("dtype", "data_format"), [("float64", "NCHW"), ("float32", "NHWC")])
-
-# Plain XLA is the same program for both, and slow to compile.
-implementations_dtypes_and_formats = pytest.mark.parametrize(
-    ("implementation", "dtype", "data_format"),
-    [("native", "float64", "NCHW"), ("native", "float32", "NHWC"), ("xla", "float64", "NCHW")],
-    indirect=["implementation"],
-)
-
-implementations_and_formats = pytest.mark.parametrize(
-    ("implementation", "data_format"),
-    [("native", "NCHW"), ("native", "NHWC"), ("xla", "NCHW")],
-    indirect=["implementation"],
-)
+DTYPES_OF_16_BITS = DTYPES[2:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Case:
         )
 
     def operands(self, dtype="float64", seed=0):
-        """Random operands by name, NCHW.
+        """Random operands by name.
 
         float64 and float32 draw the same values. Offsets are multiples of 1/1024, so coordinates are exact in
         float32 too, and all dtypes agree on the side of a lattice line that a sample is on. Some are on the line.
@@ -78,8 +74,14 @@ class Case:
         operands["offset"] = np.round(2048 * operands["offset"]) / 1024
         return {name: value.astype(jnp.dtype(dtype)) for name, value in operands.items() if value is not None}
 
+    def smooth_operands(self, dtype="float64", seed=0):
+        """Such operands whose samples are all off the lattice lines, where the operator has a kink."""
+        operands = self.operands(dtype, seed)
+        operands["offset"] += 1 / 2048
+        return operands
+
     def cotangent(self, dtype="float64", seed=1):
-        """A random gradient of the result, NCHW."""
+        """A random gradient of the result."""
         rng = np.random.default_rng(seed)
         return rng.standard_normal((self.batch, self.c_out, *self.output_size), np.float32).astype(jnp.dtype(dtype))
 
@@ -119,6 +121,7 @@ AWKWARD = (
     Case("c_in_258", batch=1, c_in=258, c_out=33),
     Case("c_in_128_c_out_100", batch=1, c_in=128, c_out=100, deform_groups=16, bias=False),
 )
+BY_NAME = {case.name: case for case in AWKWARD}
 
 # Enough output pixels, channels or taps for several of the native kernels' tiles and blocks.
 LARGE = (
@@ -174,17 +177,16 @@ def tolerance_of_products(dtype, implementation):
     return f"{dtype} samples" if implementation == "native" and on_cuda else dtype
 
 
+# --- the library ---
+
+
 def deform_conv2d(case, data_format="NCHW", **arguments):
-    """A fresh function of a dict of NCHW operands, to NCHW, that calls the library with `data_format`."""
+    """A fresh function of a dict of operands that calls the library with `data_format`."""
 
     def function(operands):
-        operands = dict(operands)
-        if data_format == "NHWC":
-            for name in operands.keys() & {"x", "offset", "mask"}:
-                operands[name] = jnp.moveaxis(operands[name], 1, 3)
-            operands["weight"] = jnp.transpose(operands["weight"], (2, 3, 1, 0))
+        operands = in_format(data_format, operands)
         y = jax_dcn.deform_conv2d(**operands, **case.arguments, data_format=data_format, **arguments)
-        return y if data_format == "NCHW" else jnp.moveaxis(y, 3, 1)
+        return y if data_format == "NCHW" else to_nchw(y)
 
     return function
 
@@ -194,10 +196,35 @@ def forward(case, operands, data_format="NCHW", **arguments):
 
 
 def gradients(case, operands, cotangent, data_format="NCHW"):
-    """All gradients by name, NCHW."""
+    """All gradients by name."""
 
     def function(operands, cotangent):
         _, vjp = jax.vjp(deform_conv2d(case, data_format), operands)
         return vjp(cotangent)[0]
 
     return jax.jit(function)(operands, cotangent)
+
+
+# --- the definition ---
+
+
+def by_definition(case, operands):
+    return oracle.deform_conv2d(**operands, **case.arguments)
+
+
+def gradients_by_definition(case, operands, cotangent):
+    """All gradients by name."""
+    return oracle.deform_conv2d_backward(cotangent, **operands, **case.arguments)
+
+
+# Of the case's own operands and cotangent, which float64 and float32 share.
+
+
+@functools.cache
+def drawn_by_definition(case):
+    return by_definition(case, case.operands())
+
+
+@functools.cache
+def drawn_gradients_by_definition(case):
+    return gradients_by_definition(case, case.operands(), case.cotangent())

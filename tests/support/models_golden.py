@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-PATH = Path(__file__).parent / "data" / "models.npz"
+PATH = Path(__file__).parents[1] / "data" / "models.npz"
 
 
 def random_state_dict(shapes):
@@ -38,7 +38,7 @@ def random_inputs(name, shapes):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-class Case:
+class GoldenModel:
     """A model's `config` (a dict), `state_dict`, `inputs` and `outputs`."""
 
     def __init__(self, name):

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 
-def run_python(code: str, **environment: str) -> str:
+def run_python(code: str, *folders: Path, **environment: str) -> str:
     """Runs code as a user would, in a folder without the package's sources, and returns what it prints.
 
     On the CPU, unless JAX_PLATFORMS says otherwise: what needs a process of its own is about the CPU's threads,
-    instruction sets and devices. XLA's thread pool follows NPROC.
+    instruction sets and devices. XLA's thread pool follows NPROC. The code may import from the `folders`, too.
     """
-    settings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(*folders), **environment}
     settings.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -25,3 +25,8 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH with these folders in front."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -4,10 +4,10 @@ import json
 import pathlib
 
 import numpy as np
-from cases import Case
 
-_PATH = pathlib.Path(__file__).parent / "data" / "mmcv_ops.npz"
-_OPERANDS = ("x", "offset", "mask", "weight", "bias")
+from support.cases import OPERANDS, Case
+
+_PATH = pathlib.Path(__file__).parents[1] / "data" / "mmcv_ops.npz"
 
 
 def _load():
@@ -41,7 +41,7 @@ CASES = tuple(_CASES)
 
 
 def operands(case, dtype):
-    return {name: value.astype(dtype) for name, value in _CASES[case].items() if name in _OPERANDS}
+    return {name: value.astype(dtype) for name, value in _CASES[case].items() if name in OPERANDS}
 
 
 def cotangent(case, dtype):

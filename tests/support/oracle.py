@@ -47,7 +47,7 @@ def _full_weight(weight, groups):
     return full
 
 
-def deform_conv2d(x, offset, mask, weight, bias, *, groups, **sizes):
+def deform_conv2d(x, offset, weight, mask=None, bias=None, *, groups, **sizes):
     x = np.asarray(x, np.float64)
     weight = _full_weight(weight, groups)
     n, _, h_out, w_out = offset.shape
@@ -60,7 +60,7 @@ def deform_conv2d(x, offset, mask, weight, bias, *, groups, **sizes):
     return y
 
 
-def deform_conv2d_backward(grad_y, x, offset, mask, weight, bias, *, groups, **sizes):
+def deform_conv2d_backward(grad_y, x, offset, weight, mask=None, bias=None, *, groups, **sizes):
     """The gradients of sum(grad_y * y), by the names of the operands that are not None."""
     grad_y, x = np.asarray(grad_y, np.float64), np.asarray(x, np.float64)
     weight_shape, weight = weight.shape, _full_weight(weight, groups)

@@ -1,5 +1,6 @@
 """How far a result may be from the exact one."""
 
+import jax
 import numpy as np
 
 # Relative to the scale of the result. The 16-bit types are summed in float32, so what is left of them is float32's
@@ -28,3 +29,15 @@ def assert_close(actual, expected, dtype=None, err_msg="", both_rounded=False):
     assert actual.shape == expected.shape, f"{err_msg}: shape {actual.shape}, expected {expected.shape}"
     scale = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale, err_msg=err_msg)
+
+
+def assert_trees_close(actual, expected):
+    jax.tree.map(assert_close, actual, expected)
+
+
+def assert_same_arrays(actual, expected):
+    """Checks two dicts of arrays for the same names, dtypes, shapes and bits."""
+    assert set(actual) == set(expected)
+    for name, array in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape), name
+        assert actual[name].tobytes() == array.tobytes(), name

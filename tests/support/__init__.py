@@ -1,0 +1,14 @@
+"""What the tests share.
+
+cases              geometries worth a test, their operands, and the library and the definition called on these
+marks              parametrisations by implementation, dtype and data format
+strategies         any geometry, for hypothesis
+formats            NCHW and NHWC
+oracle             the operator and its gradients by their definition
+golden             numbers of mmcv's operators
+models_golden      numbers of others' models
+tolerances         how far a result may be from the exact one
+processes          Python in a process of its own
+programs           what XLA's GPU compiler dumps
+benchmark_reports  what benchmarks/gpu.py reports, made up
+"""

@@ -1,0 +1,19 @@
+"""What many tests are parametrised by."""
+
+import pytest
+
+# Dtypes and data formats do not interact, so pairs of them will do.
+dtypes_and_formats = pytest.mark.parametrize(("dtype", "data_format"), [("float64", "NCHW"), ("float32", "NHWC")])
+
+# Plain XLA is the same program for both, and slow to compile.
+implementations_dtypes_and_formats = pytest.mark.parametrize(
+    ("implementation", "dtype", "data_format"),
+    [("native", "float64", "NCHW"), ("native", "float32", "NHWC"), ("xla", "float64", "NCHW")],
+    indirect=["implementation"],
+)
+
+implementations_and_formats = pytest.mark.parametrize(
+    ("implementation", "data_format"),
+    [("native", "NCHW"), ("native", "NHWC"), ("xla", "NCHW")],
+    indirect=["implementation"],
+)
