@@ -31,12 +31,13 @@ FILES = ("headline.json", "cases.json", "smoke.txt", "benchmark.txt", "tests.txt
 # Without a wheel; in place of the limit of "install".
 BUILD_LIMIT = 300
 
-# Tests that are about the host and would only take a GPU's time: checkpoints, pictures, texts, instruction sets, and
-# processes on CPUs. test_train_distributed also wants a data set that GPU machines may lack.
+# Tests that are about the host and would only take a GPU's time: checkpoints, pictures, texts, imports, instruction
+# sets, and processes on CPUs. test_train_distributed also wants a data set that GPU machines may lack.
 HOST_TESTS = (
     "test_mmcv",
     "test_plot",
     "test_guide",
+    "test_imports",
     "test_native",
     "test_errors",
     "test_gpu_benchmark",
