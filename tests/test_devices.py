@@ -33,14 +33,17 @@ class Sharing:
     """What the devices share, and how often they may talk. Nothing but all-reduces is ever allowed."""
 
     images: bool
-    channels: bool  # output channels, or with groups these
+    channels: bool  # output channels, or of several groups the units
+    c_in: int = 4
+    c_out: int = 8
     groups: int = 1
     deform_groups: int = 1
     gradient_all_reduces: int = 0
 
     @property
     def case(self):
-        return Case("shared", batch=4, c_out=8, size=(6, 5), groups=self.groups, deform_groups=self.deform_groups)
+        sizes = dict(batch=4, c_in=self.c_in, c_out=self.c_out)
+        return Case("shared", **sizes, groups=self.groups, deform_groups=self.deform_groups)
 
     @property
     def shares(self):
@@ -55,12 +58,21 @@ class Sharing:
 # One all-reduce sums the gradients of weight and bias over the images. With one group, each output channel reads all
 # of x, offset and mask, so one all-reduce sums their gradients over the channels; with groups shared, only those
 # operands need it that all groups read: offset and mask of a single deform group.
+#
+# Several groups are shared in units, whose borders are those of a group and of a deform group: two in all of these.
 SHARINGS = {
     "images": Sharing(images=True, channels=False, gradient_all_reduces=1),
     "channels": Sharing(images=False, channels=True, gradient_all_reduces=1),
     "both": Sharing(images=True, channels=True, gradient_all_reduces=2),
     "groups": Sharing(images=True, channels=True, groups=2, deform_groups=2, gradient_all_reduces=1),
     "groups_of_one_deform_group": Sharing(images=False, channels=True, groups=2, gradient_all_reduces=1),
+    "groups_within_deform_groups": Sharing(
+        images=True, channels=True, c_in=8, groups=8, deform_groups=2, gradient_all_reduces=1
+    ),
+    "deform_groups_within_groups": Sharing(
+        images=True, channels=True, groups=2, deform_groups=4, gradient_all_reduces=1
+    ),
+    "groups_across_deform_groups": Sharing(images=False, channels=True, c_in=12, c_out=12, groups=6, deform_groups=4),
 }
 
 
@@ -207,10 +219,13 @@ FALLBACKS = {
     "images_and_groups": Fallback(
         OPERANDS, groups=4, forward={"all-gather": 2}, gradients={"all-gather": 2, "all-reduce": 1}
     ),
-    "deform_groups_across_groups": Fallback(groups=4, deform_groups=2),
+    # No unit is smaller than the whole.
+    "groups_across_deform_groups": Fallback(channels=12, groups=4, deform_groups=3),
+    # Units that four devices do not divide.
     "six_groups": Fallback(channels=12, groups=6),
     "two_groups": Fallback(groups=2),
     "two_groups_of_two_deform_groups": Fallback(groups=2, deform_groups=4),
+    "two_deform_groups_of_two_groups": Fallback(groups=4, deform_groups=2),
 }
 
 
@@ -222,7 +237,7 @@ def test_fallbacks(implementation, data_format):
 def check_fallbacks(data_format):
     # Plain XLA is slow to compile, and these have what the others have.
     native = os.environ["JAX_DCN_IMPLEMENTATION"] == "native"
-    for name in FALLBACKS if native else ("images_and_channels", "deform_groups_across_groups", "two_groups"):
+    for name in FALLBACKS if native else ("images_and_channels", "groups_across_deform_groups", "two_groups"):
         print(name)
         fallback = FALLBACKS[name]
         operands = operands_of(fallback.case, data_format)
