@@ -1,6 +1,7 @@
 """The operator under JAX's transformations, on one device. `test_vmap` has vmap, `test_devices` meshes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from jax import export
 from support import cases, marks
-from support.cases import DTYPES_OF_16_BITS, PER_IMAGE, Case
+from support.cases import DTYPES_OF_16_BITS, PER_IMAGE, SUBSETS, Case
 from support.processes import run_python
 from support.tolerances import assert_close, assert_trees_close
+
+from jax_dcn._operator import native
 
 # Small, for what takes the time is to compile, but with groups of both kinds.
 CASE = Case("small", c_in=4, c_out=4, size=(3, 4), kernel=(2, 2), padding=(1, 0), groups=2, deform_groups=2)
@@ -51,8 +54,8 @@ def numeric_derivative(f, moving):
 
 
 @functools.cache
-def numeric_jvp():
-    return numeric_derivative(by_definition, set(PRIMALS))
+def numeric_jvp(moving=tuple(PRIMALS)):
+    return numeric_derivative(by_definition, set(moving))
 
 
 @functools.cache
@@ -130,6 +133,35 @@ def test_jvp_and_linearize_in_forward_mode(implementation, data_format):
     for y, y_dot in derivatives(PRIMALS, TANGENTS):
         assert_close(y, by_definition(PRIMALS))
         assert_numerically_close(y_dot, numeric_jvp())
+
+
+def compiled_jvp(moving):
+    """Of the operands in `moving` and their tangents."""
+    f = function(forward_mode=True)
+
+    def y_dot(at, along):
+        return jax.jvp(lambda moved: f(PRIMALS | moved), (at,), (along,))[1]
+
+    at, along = ({name: values[name] for name in moving} for values in (PRIMALS, TANGENTS))
+    return jax.jit(y_dot).lower(at, along).compile(), at, along
+
+
+@marks.implementations_and_subsets
+def test_jvp_along_some_operands(implementation, subset):
+    compiled, *arguments = compiled_jvp(subset)
+    assert_numerically_close(compiled(*arguments), numeric_jvp(subset))
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+@pytest.mark.parametrize("moving", SUBSETS, ids="-".join)
+def test_jvp_is_calls_of_the_forward_kernel(implementation, moving):
+    """One along each operand that the result is linear in, but the bias, whose tangent needs none. Only the offset's
+    tangent samples the image in plain XLA.
+    """
+    text = compiled_jvp(moving)[0].as_text()
+    calls = re.findall(r'custom_call_target="(jax_dcn\w+)"', text)
+    assert calls == [native.DEFORM_CONV2D] * len({"x", "mask", "weight"} & set(moving))
+    assert (" gather(" in text) == ("offset" in moving)
 
 
 @marks.implementations_and_formats

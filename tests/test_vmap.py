@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import cases
+from support import cases, marks
 from support.cases import OPERANDS, PER_IMAGE, SUBSETS, Case
 from support.tolerances import assert_close
 
@@ -48,16 +48,7 @@ def loop(case, operands, in_axes, size, cotangents):
     return np.stack(results), {name: np.stack([g[name] for g in gradients]) for name in gradients[0]}
 
 
-# What is mapped decides above the implementations, so plain XLA, slow to compile, runs only some of it.
-@pytest.mark.parametrize(
-    ("implementation", "subset"),
-    [
-        *(("native", subset) for subset in SUBSETS),
-        *(("xla", subset) for subset in SUBSETS if len(subset) in (1, 5)),
-    ],
-    indirect=["implementation"],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value),
-)
+@marks.implementations_and_subsets
 def test_result_and_gradients_are_the_loops(implementation, subset):
     """In one program: the vmap, the vmap of its gradient (the cotangent not mapped) and the gradient of the vmap."""
     size = 3

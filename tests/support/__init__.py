@@ -1,7 +1,7 @@
 """What the tests share.
 
 cases              geometries worth a test, their operands, and the library and the definition called on these
-marks              parametrisations by implementation, dtype and data format
+marks              parametrisations by implementation, dtype, data format and operands
 strategies         any geometry, for hypothesis
 formats            NCHW and NHWC
 oracle             the operator and its gradients by their definition
