@@ -1,6 +1,7 @@
 """What the CUDA lowering hands to its handler, and what the handler reads: checked where there is no GPU, too."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -189,29 +190,36 @@ def workspace_of(text):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+@pytest.mark.parametrize("symbolic", ["n", "h, w", "n, h, w"])
 @pytest.mark.parametrize("case", [CASE, TORCHVISION], ids=str)
-def test_workspace_for_any_batch_is_enough_for_each(case, flags, dtype, monkeypatch):
-    """A program exported for any batch has work space for that batch, not for the largest."""
+def test_workspace_for_any_sizes_is_enough_for_each(case, symbolic, flags, dtype, monkeypatch):
+    """A program exported for any sizes has work space for those that it gets, not for the largest."""
     monkeypatch.setenv("XLA_FLAGS", flags)
     arguments = in_format("NHWC", dataclasses.replace(case, bias=False).operands(dtype))
     geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups, case.deform_groups)
 
-    def shapes(batch):
-        return {
-            name: jax.ShapeDtypeStruct((batch, *a.shape[1:]) if name in PER_IMAGE else a.shape, a.dtype)
+    def workspace(target, n, h, w):
+        """Its size for images of these sizes."""
+        sizes = {name: (n, *geometry.output_size(h, w)) for name in ("offset", "mask")} | {"x": (n, h, w)}
+        shapes = {
+            name: jax.ShapeDtypeStruct((*sizes[name], a.shape[3]) if name in sizes else a.shape, a.dtype)
             for name, a in arguments.items()
         }
+        wanted = {f"grad_{name}": True for name in GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
+        attributes = native.attributes(shapes, geometry, **wanted, **lowering._options(shapes, None, jnp.float32))
+        return native.cuda_workspace(target, shapes, attributes).shape[0]
 
-    (n,) = jax.export.symbolic_shape("n")
+    sizes = dict(zip("nhw", (case.batch, *case.size), strict=True))
+    symbols = dict(zip(symbolic.split(", "), jax.export.symbolic_shape(symbolic), strict=True))
     for target in TARGETS:
-        flags = {f"grad_{name}": True for name in GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
-        options = lowering._options(shapes(1), None, jnp.float32)
-        attributes = native.attributes(shapes(1), geometry, **flags, **options)
-        (bound,) = native.cuda_workspace(target, shapes(n), attributes).shape
-        for batch in (0, 1, 2, 3, 7, 33, 1000, 12345):
-            (size,) = native.cuda_workspace(target, shapes(batch), attributes).shape
-            allowed = bound if isinstance(bound, int) else bound._evaluate({"n": batch})
-            assert size <= allowed, (target, batch)
+        bound = workspace(target, **{**sizes, **symbols})
+        allowed = []
+        for values in itertools.product((0, 1, 2, 3, 7, 33, 1000, 12345), (4, 5, 37, 400), (3, 6, 41)):
+            given = {name: value for name, value in zip("nhw", values, strict=True) if name in symbols}
+            allowed.append(bound if isinstance(bound, int) else bound._evaluate(given))
+            assert workspace(target, **{**sizes, **given}) <= allowed[-1], (target, given)
+        if not isinstance(bound, int):
+            assert min(allowed) < max(allowed)
 
 
 def test_export_with_a_symbolic_batch():

@@ -3,6 +3,7 @@
 These tests run in processes of their own, because threads, instruction set and peak memory belong to a process.
 """
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,15 @@ RESULTS = {
 def test_the_native_module_is_loaded():
     assert native.MISSING is None
     assert "baseline" in native.cpu_isas()
+
+
+@pytest.mark.parametrize("module", ["_native", "_native_cuda"])
+def test_the_stub_names_what_the_module_has(module):
+    if (loaded := getattr(native, module)) is None:
+        pytest.skip(native.CUDA_MISSING)
+    stub = ast.parse(Path(native.__file__).with_name(f"{module}.pyi").read_text())
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert functions == {name for name in dir(loaded) if not name.startswith("_")}
 
 
 def test_show_config_names_the_kernels(capsys):
