@@ -2,7 +2,10 @@
 
 #pragma once
 
-#include "partition.h"
+#include "../geometry.h"
+#include "../operands.h"
+#include "gemm.h"
+#include "workers.h"
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {

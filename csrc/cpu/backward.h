@@ -37,8 +37,7 @@ class Backward {
         want_grad_samples_(want_sums_ || arrays.grad_x),
         want_samples_(want_grad_samples_ || arrays.grad_weight),
         slices_(g, kSliceChannels, kLanes<Real>),
-        tap_blocks_(TapBlocks(g, slices_.max_channels())),
-        max_taps_(CeilDiv(g.taps(), tap_blocks_)),
+        tap_blocks_(g, slices_.max_channels()),
         out_width_(PanelWidth<Real>(g.group_out())),
         padded_out_(PackedColumns<Real>(g.group_out())),
         packed_block_(PackedBlock()),
@@ -53,40 +52,33 @@ class Backward {
       if (arrays_.grad_bias) Zero(static_cast<Real*>(arrays_.grad_bias.data), g_.c_out);
       return true;
     }
-    Carver counter;
-    Shared(*this, counter);
-    const Memory shared_memory(counter.used());
-    Carver scratch_counter;
-    Scratch(*this, scratch_counter);
-    const Memory scratch(scratch_counter.used() * workers.count());
-    if (!shared_memory || !scratch) return false;
-    Carver carver(shared_memory.data());
-    const Shared shared(*this, carver);
+    const WorkSpace<Shared, Backward> shared_space(*this, 1);
+    const WorkSpace<Scratch, Backward> scratch(*this, workers.count());
+    if (!shared_space || !scratch) return false;
+    const Shared shared = shared_space[0];
 
-    const T* x = static_cast<const T*>(arrays_.x.data);
     if (nchw_ && want_samples_) {
-      TransposeImages(workers, g_.batch, g_.c_in, g_.image(), x, shared.x);
-      x = shared.x;
+      TransposeImages(workers, g_.batch, g_.c_in, g_.image(), static_cast<const T*>(arrays_.x.data), shared.x);
     }
     if (want_grad_samples_) {
-      const auto pack = [&](int, int64_t i) { PackBlock(i / tap_blocks_, i % tap_blocks_, shared.weights); };
+      const auto pack = [&](int, int64_t i) {
+        PackBlock(i / tap_blocks_.count(), i % tap_blocks_.count(), shared.weights);
+      };
       if (g_.depthwise()) {
         PackDepthwise<T>(g_, arrays_.format, arrays_.weight, shared.weights);
       } else {
-        ParallelFor(workers, slices_.count() * tap_blocks_, pack);
+        ParallelFor(workers, slices_.count() * tap_blocks_.count(), pack);
       }
     }
     for (int64_t first = 0; first < tiles_; first += band_) {
       const Range band{first, Min(first + band_, tiles_)};
       const auto compute = [&](int worker, int64_t i) {
-        Carver own(scratch.data() + worker * scratch_counter.used());
-        ComputeBand(i / slices_.count(), i % slices_.count(), band, x, shared, Scratch(*this, own));
+        ComputeBand(i / slices_.count(), i % slices_.count(), band, shared, scratch[worker]);
       };
       ParallelFor(workers, chunks_ * slices_.count(), compute);
       if (want_sums_) {
         const auto reduce = [&](int worker, int64_t i) {
-          Carver own(scratch.data() + worker * scratch_counter.used());
-          ReduceTile(i / band.size(), band, i % band.size(), shared, Scratch(*this, own));
+          ReduceTile(i / band.size(), band, i % band.size(), shared, scratch[worker]);
         };
         ParallelFor(workers, chunks_ * band.size(), reduce);
       }
@@ -127,11 +119,15 @@ class Backward {
     Shared(const Backward& b, Carver& carver)
         : x(carver.Take<T>(b.nchw_ && b.want_samples_ ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
           grad_x(carver.Take<Real>(b.nchw_ && b.arrays_.grad_x ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
-          weights(carver.Take<Operand>(b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_ * b.packed_block_ : 0)),
+          weights(carver.Take<Operand>(
+              b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_.count() * b.packed_block_ : 0)),
           parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
           grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - (b.nchw_ ? 0 : 1)) * b.g_.weights() : 0)),
           grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {
-      if (!b.nchw_) grad_x = static_cast<Real*>(b.arrays_.grad_x.data);
+      if (!b.nchw_) {
+        x = static_cast<T*>(b.arrays_.x.data);
+        grad_x = static_cast<Real*>(b.arrays_.grad_x.data);
+      }
     }
 
     T* x;
@@ -163,10 +159,9 @@ class Backward {
     Real* total;         // (kParts * taps, kTileRows)
   };
 
-  Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
   Range Images(int64_t chunk) const { return Range::Piece(g_.batch, chunks_, chunk); }
   int64_t GradYSize() const { return slices_.max_groups() * kTileRows * padded_out_; }
-  int64_t BlockSize() const { return kTileRows * max_taps_ * slices_.max_channels(); }
+  int64_t BlockSize() const { return kTileRows * tap_blocks_.max_taps() * slices_.max_channels(); }
   int64_t SlicePart() const { return sampler_.max_deform_groups() * g_.taps() * kParts * kTileRows; }
 
   // Rows that `pixels` take in a product over them.
@@ -203,18 +198,18 @@ class Backward {
   }
 
   int64_t PackedBlock() const {
-    const int64_t joined = PackedColumns<Real>(max_taps_ * slices_.max_channels());
+    const int64_t joined = PackedColumns<Real>(tap_blocks_.max_taps() * slices_.max_channels());
     const int64_t apart =
-        slices_.max_groups() * max_taps_ * PackedColumns<Real>(Min(g_.group_in(), slices_.max_channels()));
+        slices_.max_groups() * tap_blocks_.max_taps() * PackedColumns<Real>(Min(g_.group_in(), slices_.max_channels()));
     return Max(joined, apart) * g_.group_out();
   }
 
   void PackBlock(int64_t slice_index, int64_t block, Operand* weights) const {
     const Slice slice = slices_[slice_index];
-    const Range taps = TapBlock(block);
+    const Range taps = tap_blocks_[block];
     const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
     const int64_t columns = Columns(slice, taps);
-    Operand* packed = weights + (slice_index * tap_blocks_ + block) * packed_block_;
+    Operand* packed = weights + (slice_index * tap_blocks_.count() + block) * packed_block_;
     std::memset(packed, 0, packed_block_ * sizeof(Operand));
     for (int64_t group = 0; group < slice.groups; ++group) {
       const WeightView<T> weight(g_, arrays_.format, arrays_.weight, slice.first_group + group);
@@ -228,8 +223,7 @@ class Backward {
 
   // --- a slice ---
 
-  void ComputeBand(int64_t chunk, int64_t slice_index, Range band, const T* x, const Shared& shared,
-                   const Scratch& space) const {
+  void ComputeBand(int64_t chunk, int64_t slice_index, Range band, const Shared& shared, const Scratch& space) const {
     const Slice slice = slices_[slice_index];
     if (band.begin == 0 && arrays_.grad_x) ZeroGradX(Images(chunk), slice, shared.grad_x);
     const TileGrid tiles = ChunkTiles(chunk);
@@ -250,15 +244,15 @@ class Backward {
       if (want_sums_) {
         parts = shared.parts + ((chunk * slices_.count() + slice_index) * band_ + tile - band.begin) * SlicePart();
       }
-      for (int64_t block = 0; block < tap_blocks_; ++block) {
-        const Range taps = TapBlock(block);
+      for (int64_t block = 0; block < tap_blocks_.count(); ++block) {
+        const Range taps = tap_blocks_[block];
         if (want_grad_samples_ && g_.depthwise()) {
           MultiplyWeightDepthwise(slice, taps, pixels, shared.weights, space);
         } else if (want_grad_samples_) {
-          MultiplyWeight(slice, taps, pixels, shared.weights + (slice_index * tap_blocks_ + block) * packed_block_,
-                         space);
+          MultiplyWeight(slice, taps, pixels,
+                         shared.weights + (slice_index * tap_blocks_.count() + block) * packed_block_, space);
         }
-        VisitBlock(slice, taps, x, shared.grad_x, parts, space);
+        VisitBlock(slice, taps, shared.x, shared.grad_x, parts, space);
         if (arrays_.grad_weight && g_.depthwise()) {
           MultiplySamplesDepthwise(slice, taps, pixels, tile > 0, GradWeight(chunk, shared), space);
         } else if (arrays_.grad_weight) {
@@ -517,8 +511,7 @@ class Backward {
   const bool want_grad_samples_;  // for these and grad_x
   const bool want_samples_;       // these or the samples, for grad_weight: anything but grad_bias
   const Slices slices_;
-  const int64_t tap_blocks_;
-  const int64_t max_taps_;      // of a block
+  const TapBlocks tap_blocks_;
   const int64_t out_width_;     // of the panels of a group's packed grad_y
   const int64_t padded_out_;    // its columns
   const int64_t packed_block_;  // packed weights of a slice and block of taps

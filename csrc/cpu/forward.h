@@ -23,8 +23,9 @@ class Forward {
   Forward(const Geometry& g, const ForwardArrays& arrays)
       : g_(g),
         arrays_(arrays),
+        nchw_(arrays.format == DataFormat::kNCHW),
         slices_(g, SliceChannels(g), kLanes<Real>),
-        tap_blocks_(TapBlocks(g, slices_.max_channels())),
+        tap_blocks_(g, slices_.max_channels()),
         width_(PanelWidth<Real>(g.group_out())),
         panels_(CeilDiv(g.group_out(), width_)),
         tiles_(g, {0, g.batch * g.h_out}, TilePixels()),
@@ -32,34 +33,22 @@ class Forward {
 
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) return true;
-    const bool nchw = arrays_.format == DataFormat::kNCHW;
-    const int64_t columns = g_.depthwise() ? 1 : panels_ * width_;
-    const Memory packed(g_.c_in * g_.taps() * columns * static_cast<int64_t>(sizeof(Operand)));
-    const Memory copy(nchw ? g_.batch * g_.image() * g_.c_in * static_cast<int64_t>(sizeof(T)) : 0);
-    Carver counter;
-    Scratch(*this, counter);
-    const Memory scratch(counter.used() * workers.count());
-    if (!packed || !copy || !scratch) return false;
+    const WorkSpace<Shared, Forward> shared_space(*this, 1);
+    const WorkSpace<Scratch, Forward> scratch(*this, workers.count());
+    if (!shared_space || !scratch) return false;
+    const Shared shared = shared_space[0];
 
-    Operand* weights = reinterpret_cast<Operand*>(packed.data());
-    const auto pack = [&](int, int64_t i) { PackPanel(slices_[i / panels_], i % panels_, weights); };
+    const auto pack = [&](int, int64_t i) { PackPanel(slices_[i / panels_], i % panels_, shared.weight); };
     if (g_.depthwise()) {
-      PackDepthwise<T>(g_, arrays_.format, arrays_.weight, weights);
+      PackDepthwise<T>(g_, arrays_.format, arrays_.weight, shared.weight);
     } else {
       ParallelFor(workers, slices_.count() * panels_, pack);
     }
-
-    const T* x = static_cast<const T*>(arrays_.x.data);
-    if (nchw) {
-      TransposeImages(workers, g_.batch, g_.c_in, g_.image(), x, reinterpret_cast<T*>(copy.data()));
-      x = reinterpret_cast<const T*>(copy.data());
-    }
+    if (nchw_) TransposeImages(workers, g_.batch, g_.c_in, g_.image(), static_cast<const T*>(arrays_.x.data), shared.x);
 
     const int64_t parts = Min(CeilDiv(workers.count(), tiles_.count()), g_.groups * panels_);
     const auto compute = [&](int worker, int64_t i) {
-      Carver carver(scratch.data() + worker * counter.used());
-      ComputeTile(tiles_[i / parts], Range::Piece(g_.groups * panels_, parts, i % parts), x, weights,
-                  Scratch(*this, carver));
+      ComputeTile(tiles_[i / parts], Range::Piece(g_.groups * panels_, parts, i % parts), shared, scratch[worker]);
     };
     ParallelFor(workers, tiles_.count() * parts, compute);
     return true;
@@ -74,20 +63,29 @@ class Forward {
   // How many tasks to aim at with smaller tiles.
   static constexpr int64_t kTasks = 8;
 
+  // Memory that all threads see. In NCHW x is worked on in NHWC.
+  struct Shared {
+    Shared(const Forward& f, Carver& carver)
+        : x(carver.Take<T>(f.nchw_ ? f.g_.batch * f.g_.image() * f.g_.c_in : 0)),
+          weight(carver.Take<Operand>(f.g_.c_in * f.g_.taps() * (f.g_.depthwise() ? 1 : f.panels_ * f.width_))) {
+      if (!f.nchw_) x = static_cast<T*>(f.arrays_.x.data);
+    }
+
+    T* x;
+    Operand* weight;  // packed
+  };
+
   // A thread's work space.
   struct Scratch {
     Scratch(const Forward& f, Carver& carver)
         : sampler(f.sampler_, carver),
-          samples(carver.Take<Operand>(f.tiles_.max_pixels() * CeilDiv(f.g_.taps(), f.tap_blocks_) *
-                                       f.slices_.max_channels())),
+          samples(carver.Take<Operand>(f.tiles_.max_pixels() * f.tap_blocks_.max_taps() * f.slices_.max_channels())),
           sums(carver.Take<Real>(f.tiles_.max_pixels() * f.g_.c_out)) {}
 
     typename Sampler<T>::Scratch sampler;
     Operand* samples;  // (pixels, taps of a block, channels of a slice)
     Real* sums;        // (pixels, c_out)
   };
-
-  Range TapBlock(int64_t i) const { return Range::Piece(g_.taps(), tap_blocks_, i); }
 
   // The most pixels of a tile: full tiles, unless kTasks threads would share fewer than kTasks of them and smaller ones
   // are worth a thread each (as far as whole rows of pixels allow).
@@ -109,8 +107,8 @@ class Forward {
     const Range channels{slice.group_begin, slice.group_begin + slice.group_channels};
     for (int64_t group = 0; group < slice.groups; ++group) {
       const WeightView<T> weight(g_, arrays_.format, arrays_.weight, slice.first_group + group);
-      for (int64_t block = 0; block < tap_blocks_; ++block) {
-        const Range taps = TapBlock(block);
+      for (int64_t block = 0; block < tap_blocks_.count(); ++block) {
+        const Range taps = tap_blocks_[block];
         PackWeight(weight, taps, channels, outs, width_,
                    weights + PackedAt(slice, taps, group) + panel * taps.size() * slice.group_channels * width_);
       }
@@ -118,8 +116,7 @@ class Forward {
   }
 
   // Computes the output channels of `panels`, which are counted through all groups.
-  void ComputeTile(const Rectangle& rectangle, Range panels, const T* x, const Operand* weights,
-                   const Scratch& space) const {
+  void ComputeTile(const Rectangle& rectangle, Range panels, const Shared& shared, const Scratch& space) const {
     sampler_.StartTile(rectangle, space.sampler);
     const int64_t pixels = space.sampler.tile->pixels;
     for (int64_t i = 0; i < slices_.count(); ++i) {
@@ -128,12 +125,12 @@ class Forward {
                          Min(slice.first_group + slice.groups, CeilDiv(panels.end, panels_))};
       if (groups.size() <= 0) continue;
       sampler_.StartSlice(slice, space.sampler);
-      for (int64_t block = 0; block < tap_blocks_; ++block) {
-        const Range taps = TapBlock(block);
-        sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, x, space.samples, nullptr, nullptr,
-                                                         [](auto&&...) {});
+      for (int64_t block = 0; block < tap_blocks_.count(); ++block) {
+        const Range taps = tap_blocks_[block];
+        sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, shared.x, space.samples, nullptr,
+                                                         nullptr, [](auto&&...) {});
         if (g_.depthwise()) {
-          MultiplyDepthwise(slice, taps, pixels, weights, space);
+          MultiplyDepthwise(slice, taps, pixels, shared.weight, space);
           continue;
         }
         for (int64_t group = groups.begin; group < groups.end; ++group) {
@@ -146,9 +143,9 @@ class Forward {
           samples.stride = taps.size() * slice.channels();
           samples.run = slice.group_channels;
           samples.run_stride = slice.channels();
-          Multiply<false>(samples, pixels, depth, weights + PackedAt(slice, taps, in_slice) + first * depth, width_,
-                          Min(own.end * width_, g_.group_out()) - first, space.sums + group * g_.group_out() + first,
-                          g_.c_out, slice.group_begin > 0 || block > 0);
+          Multiply<false>(samples, pixels, depth, shared.weight + PackedAt(slice, taps, in_slice) + first * depth,
+                          width_, Min(own.end * width_, g_.group_out()) - first,
+                          space.sums + group * g_.group_out() + first, g_.c_out, slice.group_begin > 0 || block > 0);
         }
       }
     }
@@ -185,7 +182,7 @@ class Forward {
     sums += channels.begin;
     for (int row = 0; row < tile.height; ++row, sums += tile.width * g_.c_out) {
       T* y = RowStart(g_, static_cast<T*>(arrays_.y.data), tile, row, g_.c_out, arrays_.format);
-      if (arrays_.format == DataFormat::kNHWC) {
+      if (!nchw_) {
         for (int p = 0; p < tile.width; ++p) {
           CopyRow<Real>(sums + p * g_.c_out, static_cast<int>(channels.size()), y + p * g_.c_out + channels.begin);
         }
@@ -198,8 +195,9 @@ class Forward {
 
   const Geometry& g_;
   const ForwardArrays& arrays_;
+  const bool nchw_;
   const Slices slices_;
-  const int64_t tap_blocks_;
+  const TapBlocks tap_blocks_;
   const int64_t width_, panels_;  // of a group's packed weight
   const TileGrid tiles_;
   const Sampler<T> sampler_;

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "integers.h"
 #include "simd.h"
 
 namespace jax_dcn {
@@ -25,16 +26,6 @@ template <class Real>
 JAX_DCN_SIMD int64_t PanelWidth(int64_t columns) {
   if (kHasNarrow && columns <= kLanes<Real> / 2) return kLanes<Real> / 2;
   return columns <= kLanes<Real> ? kLanes<Real> : kPanel<Real>;
-}
-
-JAX_DCN_SIMD int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-template <class Int>
-JAX_DCN_SIMD Int Min(Int a, Int b) {
-  return a < b ? a : b;
-}
-template <class Int>
-JAX_DCN_SIMD Int Max(Int a, Int b) {
-  return a < b ? b : a;
 }
 
 // Columns of a packed matrix, with those that fill the last panel.

@@ -2,7 +2,9 @@
 
 #pragma once
 
-#include "partition.h"
+#include "memory.h"
+#include "slices.h"
+#include "visit.h"
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {

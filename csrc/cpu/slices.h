@@ -1,13 +1,9 @@
-// How the channels and the taps are cut into pieces, and the memory that the pieces are worked on in.
+// How the channels and the taps are cut into pieces.
 
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
-
 #include "../geometry.h"
-#include "../workspace.h"
-#include "tile.h"
+#include "integers.h"
 
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
@@ -64,36 +60,22 @@ class Slices {
 inline constexpr int64_t kMaxDepth = 384;
 
 // Cuts the taps into blocks that, with `channels` channels, keep within kMaxDepth.
-JAX_DCN_SIMD int64_t TapBlocks(const Geometry& g, int64_t channels) {
-  return CeilDiv(g.taps(), Max<int64_t>(1, kMaxDepth / channels));
-}
+class TapBlocks {
+ public:
+  TapBlocks(const Geometry& g, int64_t channels)
+      : taps_(g.taps()), count_(CeilDiv(taps_, Max<int64_t>(1, kMaxDepth / channels))) {}
+
+  int64_t count() const { return count_; }
+  int64_t max_taps() const { return CeilDiv(taps_, count_); }
+
+  Range operator[](int64_t i) const { return Range::Piece(taps_, count_, i); }
+
+ private:
+  int64_t taps_, count_;
+};
 
 // The least work that is worth a task of its own: some 5 microseconds, ten times what handing it over takes.
 inline constexpr int64_t kTaskFlops = 200000;
-
-// --- work space ---
-
-inline constexpr int64_t kAlignment = 64;  // a cache line
-
-using Carver = AlignedCarver<kAlignment>;
-
-class Memory {
- public:
-  explicit Memory(int64_t bytes) {
-    // aligned_alloc wants a multiple of the alignment, and may return null for 0.
-    const int64_t blocks = Max<int64_t>(1, CeilDiv(bytes, kAlignment));
-    block_ = static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(blocks * kAlignment)));
-  }
-  ~Memory() { std::free(block_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  explicit operator bool() const { return block_ != nullptr; }
-  char* data() const { return block_; }
-
- private:
-  char* block_;
-};
 
 }  // namespace JAX_DCN_TARGET
 }  // namespace jax_dcn
