@@ -110,10 +110,6 @@ class Backward {
   static constexpr int64_t kBandBytes = 2 << 20;
   static constexpr int64_t kChunkBytes = 4 << 20;
 
-  // The gradients of a tap, of which the slices leave their parts: offset y and x, and mask. Those of the offset come
-  // first, tap by tap, as in the offset itself.
-  static constexpr int64_t kParts = 3;
-
   // Memory that all threads see. In NCHW x, grad_x and grad_weight are worked on in NHWC.
   struct Shared {
     Shared(const Backward& b, Carver& carver)
@@ -121,7 +117,7 @@ class Backward {
           grad_x(carver.Take<Real>(b.nchw_ && b.arrays_.grad_x ? b.g_.batch * b.g_.image() * b.g_.c_in : 0)),
           weights(carver.Take<Operand>(
               b.want_grad_samples_ ? b.slices_.count() * b.tap_blocks_.count() * b.packed_block_ : 0)),
-          parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.SlicePart() * b.band_ : 0)),
+          parts(carver.Take<Real>(b.want_sums_ ? b.chunks_ * b.slices_.count() * b.sampler_.max_parts() * b.band_ : 0)),
           grad_weights(carver.Take<Real>(b.arrays_.grad_weight ? (b.chunks_ - (b.nchw_ ? 0 : 1)) * b.g_.weights() : 0)),
           grad_biases(carver.Take<Real>(b.arrays_.grad_bias ? (b.chunks_ - 1) * b.g_.c_out : 0)) {
       if (!b.nchw_) {
@@ -133,7 +129,7 @@ class Backward {
     T* x;
     Real* grad_x;
     Operand* weights;    // (slice, block of taps): the transposed weights, packed; depthwise: (taps, channels)
-    Real* parts;         // (chunk, slice, tile of the band, deform group, kParts * taps, kTileRows)
+    Real* parts;         // (chunk, slice, tile of the band, deform group, Sampler<T>::kParts * taps, kTileRows)
     Real* grad_weights;  // (chunk, weights); in NHWC the first chunk's is the result
     Real* grad_biases;   // (chunk but the first, c_out)
   };
@@ -147,7 +143,7 @@ class Backward {
           grad_y_rows(kStep == 1 ? grad_y : carver.Take<Operand>(b.GradYSize())),
           sample_rows(kStep == 1 ? samples : carver.Take<Operand>(b.BlockSize())),
           grad_samples(carver.Take<Real>(b.BlockSize())),
-          total(carver.Take<Real>(kParts * b.g_.taps() * kTileRows)) {}
+          total(carver.Take<Real>(Sampler<T>::kParts * b.g_.taps() * kTileRows)) {}
 
     typename Sampler<T>::Scratch sampler;
     Operand* grad_y;   // (group of a slice): pixels by group_out, packed; depthwise: (pixels, channels of a slice)
@@ -156,13 +152,12 @@ class Backward {
     Operand* grad_y_rows;
     Operand* sample_rows;
     Real* grad_samples;  // (pixels, taps of a block, channels of a slice)
-    Real* total;         // (kParts * taps, kTileRows)
+    Real* total;         // (Sampler<T>::kParts * taps, kTileRows)
   };
 
   Range Images(int64_t chunk) const { return Range::Piece(g_.batch, chunks_, chunk); }
   int64_t GradYSize() const { return slices_.max_groups() * kTileRows * padded_out_; }
   int64_t BlockSize() const { return kTileRows * tap_blocks_.max_taps() * slices_.max_channels(); }
-  int64_t SlicePart() const { return sampler_.max_deform_groups() * g_.taps() * kParts * kTileRows; }
 
   // Rows that `pixels` take in a product over them.
   static int64_t Rows(int64_t pixels) { return CeilDiv(pixels, kStep) * kStep; }
@@ -182,7 +177,7 @@ class Backward {
 
   int64_t BandTiles() const {
     if (!want_sums_) return tiles_;
-    const int64_t tile = chunks_ * slices_.count() * SlicePart() * static_cast<int64_t>(sizeof(Real));
+    const int64_t tile = chunks_ * slices_.count() * sampler_.max_parts() * static_cast<int64_t>(sizeof(Real));
     return Min(tiles_, Max<int64_t>(1, kBandBytes / tile));
   }
 
@@ -240,10 +235,12 @@ class Backward {
       }
       if (!want_samples_) continue;
       sampler_.StartSlice(slice, space.sampler);
-      Real* parts = nullptr;
-      if (want_sums_) {
-        parts = shared.parts + ((chunk * slices_.count() + slice_index) * band_ + tile - band.begin) * SlicePart();
-      }
+      Visited<T, Operand> visited;
+      visited.x = shared.x;
+      visited.grad_samples = space.grad_samples;
+      if (arrays_.grad_weight) visited.samples = space.sample_rows;
+      if (want_sums_) visited.parts = Parts(chunk, slice_index, tile - band.begin, shared);
+      if (arrays_.grad_x) visited.grad_x = shared.grad_x;
       for (int64_t block = 0; block < tap_blocks_.count(); ++block) {
         const Range taps = tap_blocks_[block];
         if (want_grad_samples_ && g_.depthwise()) {
@@ -252,7 +249,7 @@ class Backward {
           MultiplyWeight(slice, taps, pixels,
                          shared.weights + (slice_index * tap_blocks_.count() + block) * packed_block_, space);
         }
-        VisitBlock(slice, taps, shared.x, shared.grad_x, parts, space);
+        sampler_.Visit(slice, taps, visited, space.sampler);
         if (arrays_.grad_weight && g_.depthwise()) {
           MultiplySamplesDepthwise(slice, taps, pixels, tile > 0, GradWeight(chunk, shared), space);
         } else if (arrays_.grad_weight) {
@@ -414,61 +411,25 @@ class Backward {
     }
   }
 
-  // --- the pass over the samples ---
-
-  void VisitBlock(const Slice& slice, Range taps, const T* x, Real* grad_x, Real* parts, const Scratch& space) const {
-    switch ((arrays_.grad_weight ? 4 : 0) + (want_sums_ ? 2 : 0) + (arrays_.grad_x ? 1 : 0)) {
-      case 1: return VisitBlock<false, false, true>(slice, taps, x, grad_x, parts, space);
-      case 2: return VisitBlock<false, true, false>(slice, taps, x, grad_x, parts, space);
-      case 3: return VisitBlock<false, true, true>(slice, taps, x, grad_x, parts, space);
-      case 4: return VisitBlock<true, false, false>(slice, taps, x, grad_x, parts, space);
-      case 5: return VisitBlock<true, false, true>(slice, taps, x, grad_x, parts, space);
-      case 6: return VisitBlock<true, true, false>(slice, taps, x, grad_x, parts, space);
-      case 7: return VisitBlock<true, true, true>(slice, taps, x, grad_x, parts, space);
-    }
-  }
-
-  template <bool kSamples, bool kSums, bool kGradX>
-  void VisitBlock(const Slice& slice, Range taps, const T* x, Real* grad_x, Real* parts, const Scratch& space) const {
-    const int64_t first_group = sampler_.DeformGroups(slice).begin;
-    sampler_.template VisitBlock<kSamples, kSums, kGradX>(
-        slice, taps, space.sampler, x, space.sample_rows, space.grad_samples, grad_x,
-        [&](int64_t t, int64_t d, const Tap<Real>& tap) {
-          if constexpr (kSums) {
-            Real* part = parts + (d - first_group) * kParts * g_.taps() * kTileRows;
-            FinishSums(tap, space.sampler, part + 2 * t * kTileRows, part + (2 * g_.taps() + t) * kTileRows);
-          }
-        });
-  }
-
-  // From the sums per corner to the gradients of one tap's offset and mask.
-  static void FinishSums(const Tap<Real>& tap, const typename Sampler<T>::Scratch& space, Real* grad_offset,
-                         Real* grad_mask) {
-    for (int p = 0; p < space.tile->pixels; ++p) {
-      const Real value[kCorners] = {space.sums[0][p], space.sums[1][p], space.sums[2][p], space.sums[3][p]};
-      // An invalid sample has no gradient, not even where grad_y is infinite.
-      const bool valid = tap.valid[p] != 0;
-      grad_offset[p] = valid ? tap.mask[p] * DerivativeY(value, tap.lx[p]) : Real(0);
-      grad_offset[kTileRows + p] = valid ? tap.mask[p] * DerivativeX(value, tap.ly[p]) : Real(0);
-      grad_mask[p] = valid ? Interpolate(value, tap.ly[p], tap.lx[p]) : Real(0);
-    }
-  }
-
   // --- sums over the slices, and over the chunks ---
+
+  // What a slice leaves for a tile of the band.
+  Real* Parts(int64_t chunk, int64_t slice_index, int64_t tile, const Shared& shared) const {
+    return shared.parts + ((chunk * slices_.count() + slice_index) * band_ + tile) * sampler_.max_parts();
+  }
 
   void ReduceTile(int64_t chunk, Range band, int64_t tile, const Shared& shared, const Scratch& space) const {
     const TileGrid tiles = ChunkTiles(chunk);
     if (band.begin + tile >= tiles.count()) return;
     FillTile(g_, tiles[band.begin + tile], *space.sampler.tile);
     const int64_t taps = g_.taps();
-    const int64_t size = kParts * taps * kTileRows;
+    const int64_t size = Sampler<T>::kParts * taps * kTileRows;
     for (int64_t d = 0; d < g_.deform_groups; ++d) {
       Zero(space.total, size);
       for (int64_t i = 0; i < slices_.count(); ++i) {
         const Range groups = sampler_.DeformGroups(slices_[i]);
         if (d < groups.begin || d >= groups.end) continue;
-        const Real* part =
-            shared.parts + ((chunk * slices_.count() + i) * band_ + tile) * SlicePart() + (d - groups.begin) * size;
+        const Real* part = Parts(chunk, i, tile, shared) + (d - groups.begin) * size;
         for (int64_t j = 0; j < size; j += kTileRows) {
           for (int p = 0; p < space.sampler.tile->pixels; ++p) space.total[j + p] += part[j + p];
         }

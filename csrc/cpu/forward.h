@@ -119,6 +119,9 @@ class Forward {
   void ComputeTile(const Rectangle& rectangle, Range panels, const Shared& shared, const Scratch& space) const {
     sampler_.StartTile(rectangle, space.sampler);
     const int64_t pixels = space.sampler.tile->pixels;
+    Visited<T, Operand> visited;
+    visited.x = shared.x;
+    visited.samples = space.samples;
     for (int64_t i = 0; i < slices_.count(); ++i) {
       const Slice slice = slices_[i];
       const Range groups{Max(slice.first_group, panels.begin / panels_),
@@ -127,8 +130,7 @@ class Forward {
       sampler_.StartSlice(slice, space.sampler);
       for (int64_t block = 0; block < tap_blocks_.count(); ++block) {
         const Range taps = tap_blocks_[block];
-        sampler_.template VisitBlock<true, false, false>(slice, taps, space.sampler, shared.x, space.samples, nullptr,
-                                                         nullptr, [](auto&&...) {});
+        sampler_.Visit(slice, taps, visited, space.sampler);
         if (g_.depthwise()) {
           MultiplyDepthwise(slice, taps, pixels, shared.weight, space);
           continue;

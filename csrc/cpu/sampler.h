@@ -9,10 +9,27 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
+// What the visits of a block of taps read and write. A result that is null is not wanted. Samples are (pixels, taps of
+// the block, channels of the slice).
+template <class T, class Operand>
+struct Visited {
+  using Real = Accumulation<T>;
+
+  const T* x = nullptr;                // NHWC
+  Operand* samples = nullptr;          // result: the modulated samples
+  const Real* grad_samples = nullptr;  // their gradients, for the results below
+  Real* parts = nullptr;               // result: the slice's parts of the gradients of offset and mask
+  Real* grad_x = nullptr;              // result, added to: NHWC
+};
+
 template <class T>
 class Sampler {
  public:
   using Real = Accumulation<T>;
+
+  // The gradients of a tap: offset y and x, and mask. Visited::parts is (deform group of the slice, kParts * taps,
+  // kTileRows); those of the offset come first, tap by tap, as in the offset itself.
+  static constexpr int64_t kParts = 3;
 
   Sampler(const Geometry& g, DataFormat format, const Array& offset, const Array& mask, const Slices& slices)
       : g_(g),
@@ -46,7 +63,8 @@ class Sampler {
   Range DeformGroups(const Slice& slice) const {
     return {slice.begin / g_.deform_in(), (slice.end - 1) / g_.deform_in() + 1};
   }
-  int64_t max_deform_groups() const { return max_deform_groups_; }
+  // The most values of Visited::parts.
+  int64_t max_parts() const { return max_deform_groups_ * kParts * g_.taps() * kTileRows; }
 
   void StartTile(const Rectangle& rectangle, const Scratch& space) const {
     FillTile(g_, rectangle, *space.tile);
@@ -66,12 +84,23 @@ class Sampler {
     if (mask_) LoadChannels(g_, mask_, format_, *space.tile, channels, first, count, space.mask);
   }
 
-  // Visits the taps of a block: see VisitTap. x and grad_x are NHWC; samples and grad_samples are (pixels, taps,
-  // channels of the slice). After each visit calls after(tap index, deform group, tap), with the sums in the work
-  // space.
-  template <bool kSamples, bool kSums, bool kGradX, class Operand, class After>
-  void VisitBlock(const Slice& slice, Range taps, const Scratch& space, const T* x, Operand* samples,
-                  const Real* grad_samples, Real* grad_x, After after) const {
+  // Visits the taps of a block.
+  template <class Operand>
+  void Visit(const Slice& slice, Range taps, const Visited<T, Operand>& visited, const Scratch& space) const {
+    switch ((visited.samples ? kSamples : 0) | (visited.parts ? kSums : 0) | (visited.grad_x ? kGradX : 0)) {
+      case kSamples: return VisitBlock<kSamples>(slice, taps, visited, space);
+      case kSums: return VisitBlock<kSums>(slice, taps, visited, space);
+      case kGradX: return VisitBlock<kGradX>(slice, taps, visited, space);
+      case kSamples | kSums: return VisitBlock<kSamples | kSums>(slice, taps, visited, space);
+      case kSamples | kGradX: return VisitBlock<kSamples | kGradX>(slice, taps, visited, space);
+      case kSums | kGradX: return VisitBlock<kSums | kGradX>(slice, taps, visited, space);
+      case kSamples | kSums | kGradX: return VisitBlock<kSamples | kSums | kGradX>(slice, taps, visited, space);
+    }
+  }
+
+ private:
+  template <int kWant, class Operand>
+  void VisitBlock(const Slice& slice, Range taps, const Visited<T, Operand>& visited, const Scratch& space) const {
     const Range groups = DeformGroups(slice);
     // The taps of a deform group read much the same pixels, which stay in the L1 cache if they come one after another.
     for (int64_t d = groups.begin; d < groups.end; ++d) {
@@ -80,23 +109,27 @@ class Sampler {
         const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const Real* dy = space.offset + i * 2 * kTileRows;
         const Real* mask = space.mask + (mask_ ? i * kTileRows : 0);
-        FillTap<Real, kSums, kGradX>(g_, *space.tile, t, dy, dy + kTileRows, mask, PixelsOf(x, begin, space.zeros),
-                                     PixelsOf(grad_x, begin, space.spill), *space.tap);
+        FillTap<kWant & ~kSamples>(g_, *space.tile, t, dy, dy + kTileRows, mask,
+                                   PixelsOf(visited.x, begin, space.zeros),
+                                   PixelsOf(visited.grad_x, begin, space.spill), *space.tap);
 
         const int64_t column = (t - taps.begin) * slice.channels() + begin - slice.begin;
-        Visit<Real, Operand> visit;
-        visit.channels = Min(slice.end, (d + 1) * g_.deform_in()) - begin;
-        visit.row_stride = taps.size() * slice.channels();
-        visit.samples = kSamples ? samples + column : nullptr;
-        visit.grad_samples = kSums || kGradX ? grad_samples + column : nullptr;
-        visit.sums = space.sums;
-        VisitTap<T, kSamples, kSums, kGradX>(*space.tile, *space.tap, visit);
-        after(t, d, *space.tap);
+        TapChannels<Real, Operand> channels;
+        channels.count = Min(slice.end, (d + 1) * g_.deform_in()) - begin;
+        channels.row_stride = taps.size() * slice.channels();
+        if (kWant & kSamples) channels.samples = visited.samples + column;
+        if (kWant & (kSums | kGradX)) channels.grad_samples = visited.grad_samples + column;
+        channels.sums = space.sums;
+        VisitTap<kWant, T>(*space.tile, *space.tap, channels);
+        if constexpr ((kWant & kSums) != 0) {
+          Real* part = visited.parts + (d - groups.begin) * kParts * g_.taps() * kTileRows;
+          FinishSums(space.tile->pixels, *space.tap, space.sums, part + 2 * t * kTileRows,
+                     part + (2 * g_.taps() + t) * kTileRows);
+        }
       }
     }
   }
 
- private:
   template <class Element>
   Pixels PixelsOf(const Element* array, int64_t channel, const Element* outside) const {
     return {reinterpret_cast<intptr_t>(array + (array == nullptr ? 0 : channel)),

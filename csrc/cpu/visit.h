@@ -11,6 +11,11 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
+// What a visit is for, or'ed.
+inline constexpr int kSamples = 1;  // the modulated samples
+inline constexpr int kSums = 2;     // the sums over channels from which the gradients of offset and mask follow
+inline constexpr int kGradX = 4;
+
 // --- one tap of one deform group ---
 
 // Pixels of some channels: those of the images of the batch, one after another, and one that stands for all pixels
@@ -32,11 +37,12 @@ struct Tap {
   alignas(64) Real valid[kTileRows];  // 1 or 0
 };
 
-// Locates the samples. dy, dx and mask are per pixel. What only the sums or grad_x need is computed
-// if kSums or kGradX.
-template <class Real, bool kSums, bool kGradX>
+// Locates the samples. dy, dx and mask are per pixel. What only kSums or kGradX needs is computed where it is wanted.
+template <int kWant, class Real>
 void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const Real* dy, const Real* dx,
              const Real* mask, Pixels x, Pixels grad_x, Tap<Real>& tap) {
+  constexpr bool want_sums = (kWant & kSums) != 0;
+  constexpr bool want_grad_x = (kWant & kGradX) != 0;
   const Real tap_y = static_cast<Real>(tap_index / g.kernel_w * g.dilation_h);
   const Real tap_x = static_cast<Real>(tap_index % g.kernel_w * g.dilation_w);
   const int32_t height = static_cast<int32_t>(g.height);
@@ -51,16 +57,16 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
     const Real factor = s.valid ? mask[p] : Real(0);
     const int64_t pixel = tile.image[p] + s.index;
     const int64_t corner = x.first + pixel * x.stride;
-    const int64_t grad_corner = kGradX ? grad_x.first + pixel * grad_x.stride : 0;
+    const int64_t grad_corner = want_grad_x ? grad_x.first + pixel * grad_x.stride : 0;
     for (int k = 0; k < kCorners; ++k) {
       tap.weight[k][p] = s.weight[k] * factor;
       tap.corner[k][p] = s.inside[k] ? corner + (k & 1) * x.stride + (k >> 1) * row : x.outside;
-      if (kGradX) {
+      if (want_grad_x) {
         tap.grad_corner[k][p] =
             s.inside[k] ? grad_corner + (k & 1) * grad_x.stride + (k >> 1) * grad_row : grad_x.outside;
       }
     }
-    if (kSums) {
+    if (want_sums) {
       tap.ly[p] = s.ly;
       tap.lx[p] = s.lx;
       tap.mask[p] = factor;
@@ -71,23 +77,25 @@ void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const
 
 // --- the channels of one tap of one deform group ---
 
-// What VisitTap reads and writes besides the pixels of x and grad_x. Row p of the first two is pixel p.
+// What VisitTap reads and writes besides the pixels of x and grad_x. Row p of samples and grad_samples is pixel p.
 template <class Real, class Operand>
-struct Visit {
-  int64_t channels;
-  int64_t row_stride;        // of samples and grad_samples
-  Operand* samples;          // out: the modulated samples
-  const Real* grad_samples;  // in: the gradient of the modulated samples
-  Real (*sums)[kTileRows];   // out: per corner, the sum over channels of grad_samples * the corner's value
+struct TapChannels {
+  int64_t count;
+  int64_t row_stride;                  // of samples and grad_samples
+  Operand* samples = nullptr;          // out: the modulated samples
+  const Real* grad_samples = nullptr;  // in: the gradient of the modulated samples
+  Real (*sums)[kTileRows];             // out: per corner, the sum over channels of grad_samples * the corner's value
 };
 
-// One pass over the samples of a tile for whatever is asked for: the samples themselves, the sums from which the
-// gradients of offset and mask follow, and grad_x. V holds the channels visited at a time, kOnce all of them.
-template <class T, class V, bool kOnce, bool kSamples, bool kSums, bool kGradX, class Real, class Operand>
-void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Operand>& visit) {
-  const int64_t row_stride = visit.row_stride;
-  Operand* samples = visit.samples;
-  const Real* grad_samples = visit.grad_samples;
+// One pass over the samples of a tile for all that is wanted. V holds the channels visited at a time; if kOnce, all.
+template <int kWant, class T, class V, bool kOnce, class Real, class Operand>
+void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Real, Operand>& channels) {
+  constexpr bool want_samples = (kWant & kSamples) != 0;
+  constexpr bool want_sums = (kWant & kSums) != 0;
+  constexpr bool want_grad_x = (kWant & kGradX) != 0;
+  const int64_t row_stride = channels.row_stride;
+  Operand* samples = channels.samples;
+  const Real* grad_samples = channels.grad_samples;
   for (int p = 0, pixels = tile.pixels; p < pixels; ++p) {
     const T* corner[kCorners];
     Real* grad_corner[kCorners];
@@ -95,28 +103,28 @@ void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Rea
     V sum[kCorners] = {};
     JAX_DCN_UNROLL
     for (int k = 0; k < kCorners; ++k) {
-      if (kSamples || kSums) corner[k] = reinterpret_cast<const T*>(tap.corner[k][p]);
-      if (kGradX) grad_corner[k] = reinterpret_cast<Real*>(tap.grad_corner[k][p]);
-      if (kSamples || kGradX) weight[k] = Broadcast<V>(tap.weight[k][p]);
+      if (want_samples || want_sums) corner[k] = reinterpret_cast<const T*>(tap.corner[k][p]);
+      if (want_grad_x) grad_corner[k] = reinterpret_cast<Real*>(tap.grad_corner[k][p]);
+      if (want_samples || want_grad_x) weight[k] = Broadcast<V>(tap.weight[k][p]);
     }
 
-    const auto channels = [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+    const auto visit = [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
       V value[kCorners];
-      if constexpr (kSamples || kSums) {
+      if constexpr (want_samples || want_sums) {
         JAX_DCN_UNROLL
         for (int k = 0; k < kCorners; ++k) value[k] = load(corner[k] + c);
       }
-      if constexpr (kSamples) {
+      if constexpr (want_samples) {
         store(samples + c,
               (value[0] * weight[0] + value[1] * weight[1]) + (value[2] * weight[2] + value[3] * weight[3]));
       }
-      if constexpr (kSums || kGradX) {
+      if constexpr (want_sums || want_grad_x) {
         const V grad = load(grad_samples + c);
-        if constexpr (kSums) {
+        if constexpr (want_sums) {
           JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) sum[k] += grad * value[k];
         }
-        if constexpr (kGradX) {
+        if constexpr (want_grad_x) {
           JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) {
             Real* out = grad_corner[k] + c;
@@ -126,35 +134,48 @@ void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Rea
       }
     };
     if constexpr (kOnce) {
-      channels(0, [](const auto* from) { return LoadAs<V>(from); }, [](auto* to, V v) { Store(to, v); });
+      visit(0, [](const auto* from) { return LoadAs<V>(from); }, [](auto* to, V v) { Store(to, v); });
     } else {
-      ForVectors<V>(visit.channels, channels);
+      ForVectors<V>(channels.count, visit);
     }
-    if (kSums) {
+    if (want_sums) {
       Real total[kCorners];
       SumLanes(sum, total);
-      for (int k = 0; k < kCorners; ++k) visit.sums[k][p] = total[k];
+      for (int k = 0; k < kCorners; ++k) channels.sums[k][p] = total[k];
     }
-    if (kSamples) samples += row_stride;
-    if (kSums || kGradX) grad_samples += row_stride;
+    if (want_samples) samples += row_stride;
+    if (want_sums || want_grad_x) grad_samples += row_stride;
   }
 }
 
 // Whole vectors and a part of one; half vectors where one is all, as 8 channels in a vector of 16 lanes would cross
 // cache lines for nothing; and single channels.
-template <class T, bool kSamples, bool kSums, bool kGradX, class Real, class Operand>
-void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const Visit<Real, Operand>& visit) {
+template <int kWant, class T, class Real, class Operand>
+void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Real, Operand>& channels) {
   constexpr int lanes = kLanes<Real>;
   if constexpr (lanes >= 8) {
-    if (visit.channels == lanes / 2) {
-      return VisitChannels<T, Half<Real>, true, kSamples, kSums, kGradX>(tile, tap, visit);
+    if (channels.count == lanes / 2) {
+      return VisitChannels<kWant, T, Half<Real>, true>(tile, tap, channels);
     }
   }
-  if (visit.channels == lanes) {
-    return VisitChannels<T, Vector<Real>, true, kSamples, kSums, kGradX>(tile, tap, visit);
+  if (channels.count == lanes) {
+    return VisitChannels<kWant, T, Vector<Real>, true>(tile, tap, channels);
   }
-  if (visit.channels == 1) return VisitChannels<T, Real, true, kSamples, kSums, kGradX>(tile, tap, visit);
-  VisitChannels<T, Vector<Real>, false, kSamples, kSums, kGradX>(tile, tap, visit);
+  if (channels.count == 1) return VisitChannels<kWant, T, Real, true>(tile, tap, channels);
+  VisitChannels<kWant, T, Vector<Real>, false>(tile, tap, channels);
+}
+
+// From the sums per corner to the gradients of the tap's offset (y, then x) and mask.
+template <class Real>
+void FinishSums(int pixels, const Tap<Real>& tap, Real (*sums)[kTileRows], Real* grad_offset, Real* grad_mask) {
+  for (int p = 0; p < pixels; ++p) {
+    const Real value[kCorners] = {sums[0][p], sums[1][p], sums[2][p], sums[3][p]};
+    // An invalid sample has no gradient, not even where grad_y is infinite.
+    const bool valid = tap.valid[p] != 0;
+    grad_offset[p] = valid ? tap.mask[p] * DerivativeY(value, tap.lx[p]) : Real(0);
+    grad_offset[kTileRows + p] = valid ? tap.mask[p] * DerivativeX(value, tap.ly[p]) : Real(0);
+    grad_mask[p] = valid ? Interpolate(value, tap.ly[p], tap.lx[p]) : Real(0);
+  }
 }
 
 }  // namespace JAX_DCN_TARGET
