@@ -35,11 +35,6 @@ JAX_DCN_SIMD int64_t PackedColumns(int64_t columns) {
   return CeilDiv(columns, width) * width;
 }
 
-template <class Real>
-JAX_DCN_SIMD void Zero(Real* array, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) array[i] = 0;
-}
-
 // What a step of a product takes of each row of A and of each column of B.
 template <class Operand>
 struct Step {

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "products.h"
 
 #define JAX_DCN_STRING_(x) #x
 #define JAX_DCN_STRING(x) JAX_DCN_STRING_(x)
@@ -12,34 +13,35 @@ namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 namespace {
 
-bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers) {
+// Runs a kernel with the kind of products that the convolution has. `depth` is that of a product of matrices.
+template <template <class> class Kernel, class T, class Arrays>
+bool RunWithProducts(const Geometry& g, const Arrays& arrays, int64_t depth, Workers& workers) {
+  if (g.depthwise()) return Kernel<DepthwiseProducts<T>>(g, arrays).Run(workers);
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
+    if (arrays.round_samples && depth % 2 == 0) return Kernel<GroupedProducts<T, BFloat16>>(g, arrays).Run(workers);
+  }
+  return Kernel<GroupedProducts<T, Accumulation<T>>>(g, arrays).Run(workers);
+}
+
+template <template <class> class Kernel, class Arrays>
+bool Run(const Geometry& g, const Arrays& arrays, int64_t depth, Workers& workers) {
   switch (arrays.x.dtype) {
-    case DType::kFloat32: return Forward<float, float>(g, arrays).Run(workers);
-    case DType::kFloat64: return Forward<double, double>(g, arrays).Run(workers);
-    case DType::kBFloat16:
-      // The channels of a tap make whole pairs.
-      if constexpr (kHasPairs) {
-        if (arrays.round_samples && g.group_in() % 2 == 0) return Forward<BFloat16, BFloat16>(g, arrays).Run(workers);
-      }
-      return Forward<BFloat16, float>(g, arrays).Run(workers);
-    case DType::kFloat16: return Forward<Float16, float>(g, arrays).Run(workers);
+    case DType::kFloat32: return RunWithProducts<Kernel, float>(g, arrays, depth, workers);
+    case DType::kFloat64: return RunWithProducts<Kernel, double>(g, arrays, depth, workers);
+    case DType::kBFloat16: return RunWithProducts<Kernel, BFloat16>(g, arrays, depth, workers);
+    case DType::kFloat16: return RunWithProducts<Kernel, Float16>(g, arrays, depth, workers);
   }
   return false;
 }
 
+// The depth is made of the channels of each tap.
+bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers) {
+  return Run<Forward>(g, arrays, g.group_in(), workers);
+}
+
+// That of grad_samples is the output channels; that of grad_weight is the pixels of a tile, made up to whole pairs.
 bool RunBackward(const Geometry& g, const BackwardArrays& arrays, Workers& workers) {
-  switch (arrays.x.dtype) {
-    case DType::kFloat32: return Backward<float, float>(g, arrays).Run(workers);
-    case DType::kFloat64: return Backward<double, double>(g, arrays).Run(workers);
-    case DType::kBFloat16:
-      // So do the output channels, and a tile's pixels are made up to such.
-      if constexpr (kHasPairs) {
-        if (arrays.round_samples && g.group_out() % 2 == 0) return Backward<BFloat16, BFloat16>(g, arrays).Run(workers);
-      }
-      return Backward<BFloat16, float>(g, arrays).Run(workers);
-    case DType::kFloat16: return Backward<Float16, float>(g, arrays).Run(workers);
-  }
-  return false;
+  return Run<Backward>(g, arrays, g.group_out(), workers);
 }
 
 }  // namespace

@@ -10,12 +10,14 @@ namespace JAX_DCN_TARGET {
 
 // The input channels [begin, end): a part of one weight group, or `groups` whole ones.
 struct Slice {
+  int64_t index;
   int64_t begin, end;
   int64_t first_group, groups;
   int64_t group_channels;  // of each group, in this slice
   int64_t group_begin;     // its first channel, counted within the group
 
   int64_t channels() const { return end - begin; }
+  Range of_group() const { return {group_begin, group_begin + group_channels}; }
 };
 
 // Cuts the input channels into slices of about `target` channels.
@@ -39,6 +41,7 @@ class Slices {
 
   Slice operator[](int64_t i) const {
     Slice s;
+    s.index = i;
     s.first_group = i / pieces_ * groups_per_slice_;
     s.groups = Min(groups_per_slice_, groups_ - s.first_group);
     s.group_begin = i % pieces_ * size_;
