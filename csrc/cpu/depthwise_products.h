@@ -41,15 +41,17 @@ class DepthwiseProducts {
 
   void Output(const Slice& slice, int64_t block, Range, int64_t pixels, const Real* samples, const Real* weight,
               Real* sums) const {
-    const Range taps = tap_blocks_[block];
+    const int64_t taps = tap_blocks_[block].size();
+    const int64_t channels = slice.channels();
+    const int64_t c_out = g_.c_out;
+    weight += tap_blocks_[block].begin * c_out + slice.begin;
     sums += slice.begin;
-    for (int64_t p = 0; p < pixels; ++p, samples += taps.size() * slice.channels(), sums += g_.c_out) {
-      ForVectors<Vector<Real>>(slice.channels(), [&](int64_t c, auto load, auto store) {
+    for (int64_t p = 0; p < pixels; ++p, samples += taps * channels, sums += c_out) {
+      ForVectors<Vector<Real>>(channels, [&](int64_t c, auto load, auto store) {
         Vector<Real> sum = block == 0 ? Vector<Real>{} : load(sums + c);
-        for (int64_t t = taps.begin; t < taps.end; ++t) {
-          sum +=
-              load(samples + (t - taps.begin) * slice.channels() + c) * load(weight + t * g_.c_out + slice.begin + c);
-        }
+        const Real* sample = samples + c;
+        const Real* factor = weight + c;
+        for (int64_t t = 0; t < taps; ++t, sample += channels, factor += c_out) sum += load(sample) * load(factor);
         store(sums + c, sum);
       });
     }

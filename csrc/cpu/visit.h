@@ -168,6 +168,7 @@ void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Re
 // From the sums per corner to the gradients of the tap's offset (y, then x) and mask.
 template <class Real>
 void FinishSums(int pixels, const Tap<Real>& tap, Real (*sums)[kTileRows], Real* grad_offset, Real* grad_mask) {
+  JAX_DCN_INDEPENDENT
   for (int p = 0; p < pixels; ++p) {
     const Real value[kCorners] = {sums[0][p], sums[1][p], sums[2][p], sums[3][p]};
     // An invalid sample has no gradient, not even where grad_y is infinite.
