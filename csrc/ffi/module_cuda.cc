@@ -27,7 +27,11 @@ using xla::ffi::StructMember;
 template <class T>
 T FromPython(const py::handle& value) {
   if constexpr (std::is_same_v<T, Pair>) {
-    const auto pair = value.cast<py::array_t<int64_t>>();  // the caller keeps it
+    // The caller's array, which outlives the call; anything else would be converted to one that does not.
+    if (!py::isinstance<py::array_t<int64_t, py::array::c_style>>(value)) {
+      throw py::type_error("jax_dcn: a pair must be an array of int64");
+    }
+    const auto pair = py::reinterpret_borrow<py::array_t<int64_t>>(value);
     return {pair.data(), static_cast<size_t>(pair.size())};
   } else {
     return value.cast<T>();
