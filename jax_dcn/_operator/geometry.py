@@ -51,9 +51,9 @@ class Geometry:
 
     @property
     def units(self) -> int:
-        """The parts of the channels, as many as there are, that neither a group nor a deform group is in two of.
+        """Into how many equal parts the channels can be cut without cutting a group or a deform group.
 
-        A single deform group counts for nothing, as every part can have it.
+        A single deform group may be cut: each part has its offsets.
         """
         return self.groups if self.deform_groups == 1 else math.gcd(self.groups, self.deform_groups)
 
@@ -81,6 +81,6 @@ class Geometry:
         return dataclasses.replace(self, groups=self.groups * times, deform_groups=self.deform_groups * times)
 
     def divide_units(self, parts: int) -> Geometry:
-        """The geometry of one of so many equal parts of the units."""
+        """The geometry of one of `parts` devices that share the units."""
         deform_groups = max(1, self.deform_groups // parts)
         return dataclasses.replace(self, groups=self.groups // parts, deform_groups=deform_groups)

@@ -95,12 +95,12 @@ def call(
 
 def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict[str, Any]) -> jax.ShapeDtypeStruct:
     """The work space that the CUDA handler `target` wants as its last result, of operands in NHWC."""
-    size = _native_cuda.forward_workspace if target == DEFORM_CONV2D else _native_cuda.backward_workspace
+    formula = _native_cuda.forward_workspace if target == DEFORM_CONV2D else _native_cuda.backward_workspace
     n, height, width, c_in = operands["x"].shape
     _, h_out, w_out, _ = operands["offset"].shape
     # Where the program is exported for any size, the formula holds for all.
-    known = [n if isinstance(n, int) else None for n in operands["x"].shape[:3]]
-    constant, per_input_pixel, per_output_pixel = size(
+    known = [size if isinstance(size, int) else None for size in (n, height, width)]
+    constant, per_input_pixel, per_output_pixel = formula(
         (*known, c_in), operands["weight"].shape, operands["x"].dtype.name, **attributes
     )
     total = constant + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
