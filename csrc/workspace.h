@@ -1,6 +1,4 @@
-// Arrays within a block of memory.
-//
-// In a namespace for each copy of the CPU kernels, as in sampling.h.
+// Arrays within a block of memory. In a namespace for each copy of the kernels, as in sampling.h.
 
 #pragma once
 

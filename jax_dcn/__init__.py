@@ -24,12 +24,14 @@ _MODULES = ("linen", "mmcv", "models", "nnx", "plot")
 _LAYERS = ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"jax_dcn.{name}")
-    if name in _LAYERS:
-        return getattr(importlib.import_module("jax_dcn.linen"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # for which every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"jax_dcn.{name}")
+        if name in _LAYERS:
+            return getattr(importlib.import_module("jax_dcn.linen"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

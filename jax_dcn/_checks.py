@@ -1,4 +1,4 @@
-"""From what a caller passes to a Geometry, and the errors where that cannot be.
+"""The checks of what a caller passes, and all of their errors.
 
 Everything behind the public functions may assume operands that passed `check_operands`.
 """

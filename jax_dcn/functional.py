@@ -1,20 +1,16 @@
-"""The public functions and their differentiation."""
+"""The public functions."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dcn import _checks
-from jax_dcn._operator import compat, primitives
-from jax_dcn._operator.geometry import Geometry, Pair
+from jax_dcn._operator import differentiation
+from jax_dcn._operator.geometry import Pair
 
 
 def deform_conv2d(
@@ -138,7 +134,7 @@ def _checked(
     precision: lax.PrecisionLike,
     forward_mode: bool,
 ) -> jax.Array:
-    """Checks the operands of the public function `name` before the call."""
+    """The call of the public function `name`, once all has been checked."""
     x, offset, weight = (
         _checks.to_array(name, argument, value)
         for argument, value in (("x", x), ("offset", offset), ("weight", weight))
@@ -147,64 +143,10 @@ def _checked(
     no_bias = bias is None or (isinstance(bias, (bool, np.bool_)) and not bias)
     bias = None if no_bias else _checks.to_array(name, "bias", bias)
     geometry = _checks.check_operands(name, x, offset, mask, weight, bias, data_format=data_format, **sizes)
-    static = _Static(geometry, _checks.to_precision(name, precision), _checks.implementation())
-    operands: list[Any] = compat.equally_varying(x, offset, mask, weight, _sharded_as_outputs(bias, weight, geometry))
-    if forward_mode:
-        return primitives.deform_conv2d(*operands, **vars(static))
-    return _deform_conv2d(static, *operands)
-
-
-def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array, geometry: Geometry) -> jax.Array | None:
-    """The bias sharded as the weight's C_out on a mesh with explicit axes, as the type of its gradient is."""
-    if bias is None:
-        return None
-    sharding = jax.typeof(weight).sharding
-    spec = PartitionSpec(sharding.spec[geometry.out_axis])
-    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(bias).sharding.spec == spec:
-        return bias
-    return jax.sharding.reshard(bias, NamedSharding(sharding.mesh, spec))
-
-
-# --- differentiation ---
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """The parameters of the primitives."""
-
-    geometry: Geometry
-    precision: Any
-    implementation: str
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Perturbed:
-    """Which operands a gradient is asked for, carried from the forward to the backward rule."""
-
-    names: tuple[str, ...]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _deform_conv2d(static: _Static, x, offset, mask, weight, bias):
-    return primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(static))
-
-
-def _deform_conv2d_forward(static: _Static, x, offset, mask, weight, bias):
-    operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
-    perturbed = tuple(name for name, operand in operands.items() if operand is not None and operand.perturbed)
-    x, offset, mask, weight, bias = (operand if operand is None else operand.value for operand in operands.values())
-    # The primitive, unlike a custom_vjp function, has a JVP rule: a gradient can be differentiated in either mode.
-    y = primitives.deform_conv2d(x, offset, mask, weight, bias, **vars(static))
-    return y, (x, offset, mask, weight, _Perturbed(perturbed))
-
-
-def _deform_conv2d_backward(static: _Static, residuals, grad_y):
-    *operands, perturbed = residuals
-    gradients = {}
-    if perturbed.names and not isinstance(grad_y, SymbolicZero):
-        gradients = primitives.deform_conv2d_backward(grad_y, *operands, wanted=perturbed.names, **vars(static))
-    return tuple(gradients.get(name) for name in ("x", "offset", "mask", "weight", "bias"))
-
-
-_deform_conv2d.defvjp(_deform_conv2d_forward, _deform_conv2d_backward, symbolic_zeros=True)
+    return differentiation.deform_conv2d(
+        *(x, offset, mask, weight, bias),
+        forward_mode=forward_mode,
+        geometry=geometry,
+        precision=_checks.to_precision(name, precision),
+        implementation=_checks.implementation(),
+    )

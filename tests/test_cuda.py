@@ -205,8 +205,9 @@ def test_workspace_for_any_sizes_is_enough_for_each(case, symbolic, flags, dtype
             name: jax.ShapeDtypeStruct((*sizes[name], a.shape[3]) if name in sizes else a.shape, a.dtype)
             for name, a in arguments.items()
         }
-        wanted = {f"grad_{name}": True for name in GRADIENTS} if target == native.DEFORM_CONV2D_BACKWARD else {}
-        attributes = native.attributes(shapes, geometry, **wanted, **lowering._options(shapes, None, jnp.float32))
+        wanted = GRADIENTS if target == native.DEFORM_CONV2D_BACKWARD else None
+        options = lowering._options(shapes, None, jnp.float32)
+        attributes = native.attributes(shapes, geometry, wanted=wanted, **options)
         return native.cuda_workspace(target, shapes, attributes).shape[0]
 
     sizes = dict(zip("nhw", (case.batch, *case.size), strict=True))

@@ -34,6 +34,7 @@ class Sharing:
 
     images: bool
     channels: bool  # output channels, or of several groups the units
+    over_both_axes: bool = False  # the channels
     c_in: int = 4
     c_out: int = 8
     groups: int = 1
@@ -52,14 +53,15 @@ class Sharing:
         What XLA counts here is mostly where the samples are, which every device that works on a deform group needs.
         """
         xla = os.environ["JAX_DCN_IMPLEMENTATION"] == "xla"
-        return SHARES ** (self.images + (self.channels and not (xla and self.deform_groups == 1)))
+        channels = (1 + self.over_both_axes) * (self.channels and not (xla and self.deform_groups == 1))
+        return SHARES ** (self.images + channels)
 
 
 # One all-reduce sums the gradients of weight and bias over the images. With one group, each output channel reads all
 # of x, offset and mask, so one all-reduce sums their gradients over the channels; with groups shared, only those
 # operands need it that all groups read: offset and mask of a single deform group.
 #
-# Several groups are shared in units, whose borders are those of a group and of a deform group: two in all of these.
+# Several groups are shared in units, whose borders are those of a group and of a deform group: two in most of these.
 SHARINGS = {
     "images": Sharing(images=True, channels=False, gradient_all_reduces=1),
     "channels": Sharing(images=False, channels=True, gradient_all_reduces=1),
@@ -73,6 +75,10 @@ SHARINGS = {
         images=True, channels=True, groups=2, deform_groups=4, gradient_all_reduces=1
     ),
     "groups_across_deform_groups": Sharing(images=False, channels=True, c_in=12, c_out=12, groups=6, deform_groups=4),
+    "four_units": Sharing(images=True, channels=True, c_in=8, groups=8, deform_groups=4, gradient_all_reduces=1),
+    "four_units_over_both_axes": Sharing(
+        images=False, channels=True, over_both_axes=True, c_in=8, groups=8, deform_groups=4
+    ),
 }
 
 
@@ -134,7 +140,7 @@ def sharded(sharing, operands, data_format):
     """The shardings of the operands by name, and that of y."""
     mesh = jax.make_mesh((SHARES, SHARES), ("images", "channels"), axis_types=(AxisType.Auto,) * 2)
     images = "images" if sharing.images else None
-    channels = "channels" if sharing.channels else None
+    channels = ("images", "channels") if sharing.over_both_axes else "channels" if sharing.channels else None
     channel_axis, out_axis = (1, 0) if data_format == "NCHW" else (3, 3)
 
     def spec(name):

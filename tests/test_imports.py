@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jax_dcn"
+SUFFIXES = (".py", ".pyi")  # of the native modules there are stubs
 
 # From the top. A module may import what stands on a line below its own, and from its own room, which is what a line
 # names: a package, a module, or one of the operator's modules. The package itself, "", imports from everywhere.
@@ -18,24 +19,29 @@ ROOMS = (
     ("functional", "plot"),
     ("_checks",),
     ("_operator",),
+    ("_operator.differentiation",),
     ("_operator.primitives",),
     ("_operator.batching", "_operator.partitioning", "_operator.lowering"),
     ("_operator.native", "_operator.reference"),
     ("_operator.operands",),
-    ("_operator.geometry", "_operator.compat", "version"),
+    ("_operator.geometry", "_operator.compat", "_operator._native", "_operator._native_cuda", "version"),
 )
 LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 
 # What rooms above the operator may import from it, besides the geometry.
 ENTRANCES = {
     "": {"_operator.native"},  # show_config
-    "functional": {"_operator.primitives", "_operator.compat"},
+    "functional": {"_operator.differentiation"},
 }
 
 
 def modules():
     """The files by the names of their modules, "jax_dcn" left out."""
-    files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    files = {
+        path.relative_to(PACKAGE).with_suffix("").parts: path
+        for path in PACKAGE.rglob("*.py*")
+        if path.suffix in SUFFIXES
+    }
     return {".".join(part for part in parts if part != "__init__"): path for parts, path in files.items()}
 
 
@@ -133,7 +139,7 @@ def test_an_import_of_a_private_module_is_found(source):
         ("mmcv", "from jax_dcn.mmcv.convert import load_into"),
         ("models.fpn", "from .common import conv\nfrom ..nnx import DeformConv2d"),
         ("_operator.native", "from jax_dcn.version import __version__"),
-        ("functional", "from jax_dcn._operator import compat, primitives"),
+        ("functional", "from jax_dcn._operator import differentiation"),
     ],
 )
 def test_what_is_allowed(module, source):

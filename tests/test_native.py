@@ -15,6 +15,9 @@ from jax_dcn._operator import native
 
 MIB = 2**20
 
+# With the kernels, most of the time of a process is XLA's, for what lies around them.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
 # Operands with several tiles, slices, blocks of taps and chunks of images, then the forward and all gradients of
 # every dtype.
 GRADIENTS = """
@@ -89,7 +92,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         "for name, value in RESULTS.items():\n"
         "    print(name, hashlib.sha256(np.asarray(value).tobytes()).hexdigest())\n"
     )
-    outputs = {threads: run_python(code, NPROC=str(threads)) for threads in (1, 2, 7)}
+    outputs = {threads: run_python(code, NPROC=str(threads), **QUICK) for threads in (1, 2, 7)}
     assert len(outputs[1].splitlines()) == (13 + 7) * 6
     assert len(set(outputs.values())) == 1
 
@@ -118,7 +121,7 @@ def test_every_instruction_set_agrees_with_plain_xla(isa, precision, xla_gradien
     chosen = run_python("from jax_dcn._operator import native; print(native.cpu_isa())", JAX_DCN_CPU_ISA=isa)
     if chosen.strip() != isa:
         pytest.skip(f"this processor has no {isa}")
-    gradients = saved_gradients(tmp_path / "native.npz", JAX_DCN_CPU_ISA=isa, PRECISION=precision)
+    gradients = saved_gradients(tmp_path / "native.npz", JAX_DCN_CPU_ISA=isa, PRECISION=precision, **QUICK)
     assert gradients.keys() == xla_gradients.keys()
     for name, expected in xla_gradients.items():
         _, dtype, _, array = name.split()

@@ -16,6 +16,7 @@ assert_type(jax_dcn.deform_conv2d(x, offset, weight, 1, (1, 2), mask=mask, data_
 assert_type(jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, bias=None, precision="highest"), jax.Array)
 assert_type(jax_dcn.__version__, str)
 assert_type(jax_dcn.show_config(), None)
+jax_dcn.deform_conv(x, offset, weight)  # type: ignore[attr-defined]
 
 for linen_layer in (
     jax_dcn.DeformConv2dPack(16, 8, 3, padding=1),

@@ -56,6 +56,8 @@ class Forward {
   }
   // How many tasks to aim at with smaller tiles.
   static constexpr int64_t kTasks = 8;
+  // The least work that is worth a task of its own: some 5 microseconds, ten times what handing it over takes.
+  static constexpr int64_t kTaskFlops = 200000;
 
   // Memory that all threads see. In NCHW x is worked on in NHWC.
   struct Shared {

@@ -77,8 +77,5 @@ class TapBlocks {
   int64_t taps_, count_;
 };
 
-// The least work that is worth a task of its own: some 5 microseconds, ten times what handing it over takes.
-inline constexpr int64_t kTaskFlops = 200000;
-
 }  // namespace JAX_DCN_TARGET
 }  // namespace jax_dcn

@@ -1,10 +1,12 @@
 #include <algorithm>
 
+#include "arithmetic.h"
 #include "grad_bias.h"
 #include "grad_samples.h"
 #include "grad_weight.h"
 #include "launcher.h"
 #include "layout.h"
+#include "parts.h"
 #include "workspace.h"
 
 namespace jax_dcn {
@@ -19,6 +21,8 @@ constexpr int64_t kWeightBlocks = 528;
 PixelParts PlanParts(int64_t pixels, int64_t stage, int64_t blocks, int64_t bytes) {
   constexpr int64_t kLeastStages = 64;
   constexpr int64_t kMostBytes = 64 << 20;
+  // There are as many parts as there may be, even if that of the pixels is rounded up to whole stages.
+  static_assert(kManyPixels >= kWeightBlocks * kWeightBlocks * kLeastStages * kStage<uint16_t>);
   const int64_t parts = std::max<int64_t>(
       1, std::min({CeilDiv(pixels, kLeastStages * stage), CeilDiv(kWeightBlocks, blocks), kMostBytes / bytes}));
   const int64_t part_pixels = RoundUp(CeilDiv(pixels, parts), stage);
@@ -67,14 +71,10 @@ struct BackwardPlan {
     WorkspaceCarver carver(workspace, input_pixels, problem.pixels);
     weights = carver.Take<Vector16>(sampled ? packed.vectors + zeros : 0);
     padded_x = carver.TakePerInputPixel<T>(sampled && problem.pads_in() ? problem.c_in : 0);
-    padded_grad_y = carver.TakePerOutputPixel<T>(sampled && pads_out ? problem.groups * problem.padded_group_out : 0);
+    padded_grad_y = carver.TakePerOutputPixels<T>(sampled && pads_out ? problem.groups * problem.padded_group_out : 0);
     padded_grad_x = carver.TakePerInputPixel<Real>(wanted.x && problem.pads_in() ? problem.c_in : 0);
     weight_sums = carver.Take<Real>(wanted.weight ? weight_parts.parts * weight_size : 0);
-    if (wanted.bias) {
-      // One part, and for each pixel its share of the others, in whole bytes. The two follow one another.
-      bias_sums = carver.Take<Real>(g.c_out);
-      carver.TakePerOutputPixel<char>(CeilDiv(g.c_out * int64_t{sizeof(Real)}, kBiasPixels));
-    }
+    bias_sums = carver.TakePerOutputPixels<Real>(wanted.bias ? g.c_out : 0, kBiasPixels);
     size = carver.size();
   }
 
@@ -94,7 +94,7 @@ struct BackwardPlan {
   T* padded_grad_y;
   Real* padded_grad_x;
   Real* weight_sums;
-  Real* bias_sums = nullptr;
+  Real* bias_sums;
   WorkspaceSize size;
 };
 

@@ -1,5 +1,6 @@
 #include "forward.h"
 
+#include "arithmetic.h"
 #include "launcher.h"
 #include "layout.h"
 #include "workspace.h"

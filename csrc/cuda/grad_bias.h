@@ -1,5 +1,4 @@
-// The kernels of the gradient of the bias: sums of parts of grad_y, and Reduce, which adds up the parts of any gradient
-// in their order.
+// The kernel of the gradient of the bias: sums of parts of grad_y.
 
 #pragma once
 
@@ -35,16 +34,6 @@ JAX_DCN_GLOBAL void GradBiasKernel(int64_t pixels, int c_out, const T* grad_y, A
     for (int i = 1; i < kThreadRows; ++i) sum += shared[i * kBiasColumns + ThreadIndex()];
     sums[int64_t{part} * c_out + column] = sum;
   }
-}
-
-// A thread adds up one of `size` elements.
-template <class Real>
-JAX_DCN_GLOBAL void ReduceKernel(int64_t parts, int64_t size, const Real* sums, Real* gradient) {
-  const int64_t i = GlobalThread();
-  if (i >= size) return;
-  Real sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += sums[part * size + i];
-  gradient[i] = sum;
 }
 
 }  // namespace cuda

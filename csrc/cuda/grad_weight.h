@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "parts.h"
 #include "problem.h"
 #include "product.h"
 

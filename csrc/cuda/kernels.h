@@ -35,18 +35,21 @@ struct Status {
   const char* what = nullptr;  // the launch or call
 };
 
-// The bytes of work space of a call: so many, and so many for each pixel of all images, of x and of y.
+// The bytes of work space of a call, and a formula that gives no fewer: a constant, and so many for each pixel of all
+// images of x, and of y.
 struct WorkspaceSize {
+  int64_t bytes = 0;
   int64_t constant = 0, per_input_pixel = 0, per_output_pixel = 0;
-
-  int64_t Bytes(const Geometry& g) const {
-    return constant + per_input_pixel * g.batch * g.image() + per_output_pixel * g.pixels();
-  }
 };
 
-// More pixels of y than the constant part depends on: a formula for a geometry of so many images of one pixel holds for
-// any sizes of batch, images and results.
+// A geometry whose formula holds for all sizes of batch, images and results: the constant depends on no more than the
+// pixels of y, and on these up to a number that is smaller than this geometry's.
 inline constexpr int64_t kManyPixels = int64_t{1} << 31;
+inline Geometry OfAnySize(Geometry g) {
+  g.batch = kManyPixels;
+  g.height = g.width = g.h_out = g.w_out = 1;
+  return g;
+}
 
 // They depend on the sizes alone, so that they can be asked for where there is no device.
 WorkspaceSize ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options);

@@ -70,13 +70,6 @@ struct Problem {
   int Pad(int channels) const { return channels / unit * padded_unit; }
 };
 
-// How blocks share the pixels where they sum over them; a function of the sizes and the kind of device, as it decides
-// the order of sums.
-struct PixelParts {
-  int parts;
-  int64_t part_pixels;
-};
-
 // Where samples come from.
 template <class T>
 struct Samples {

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "parts.h"
 #include "problem.h"
 #include "product.h"
 

@@ -2,17 +2,18 @@
 
 #pragma once
 
-#include "../workspace.h"
-
 #include <algorithm>
 #include <limits>
 
 #include "kernels.h"
+#include "problem.h"
+
+#include "../workspace.h"  // in the namespace that device.h names
 
 namespace jax_dcn {
 namespace cuda {
 
-// Hands out the arrays of a work space, and sums up its size as a formula. Without a work space it does only that.
+// Hands out the arrays of a work space, and sums up its size. Without a work space it does only that.
 class WorkspaceCarver {
  public:
   WorkspaceCarver(void* workspace, int64_t input_pixels, int64_t output_pixels)
@@ -20,28 +21,32 @@ class WorkspaceCarver {
 
   template <class T>
   T* Take(int64_t count) {
-    size_.constant += (count * int64_t{sizeof(T)} + kAlignment - 1) / kAlignment * kAlignment;
-    return carver_.Take<T>(count);
+    return TakePerPixel<T>(count, 1, 1, size_.constant);
   }
   template <class T>
   T* TakePerInputPixel(int64_t count) {
-    return TakePerPixel<T>(count, input_pixels_, size_.per_input_pixel);
+    return TakePerPixel<T>(count, input_pixels_, 1, size_.per_input_pixel);
   }
+  // For every `pixels` output pixels, and for what is left of them.
   template <class T>
-  T* TakePerOutputPixel(int64_t count) {
-    return TakePerPixel<T>(count, output_pixels_, size_.per_output_pixel);
+  T* TakePerOutputPixels(int64_t count, int64_t pixels = 1) {
+    return TakePerPixel<T>(count, output_pixels_, pixels, size_.per_output_pixel);
   }
 
-  const WorkspaceSize& size() const { return size_; }
+  WorkspaceSize size() const { return size_; }
 
  private:
   static constexpr int64_t kAlignment = 128;  // a line of the L2 cache
 
   template <class T>
-  T* TakePerPixel(int64_t count, int64_t pixels, int64_t& bytes_per_pixel) {
-    bytes_per_pixel += count * int64_t{sizeof(T)};
-    if (count > 0) size_.constant += kAlignment;  // what the rounding up of the whole may take
-    return carver_.Take<T>(count * pixels);
+  T* TakePerPixel(int64_t count, int64_t all_pixels, int64_t pixels, int64_t& bytes_per_pixel) {
+    const int64_t bytes = count * int64_t{sizeof(T)};
+    bytes_per_pixel += CeilDiv(bytes, pixels);
+    // What is left of the pixels, and the rounding up of the whole.
+    if (count > 0) size_.constant += (pixels > 1 ? bytes : 0) + kAlignment;
+    T* array = carver_.Take<T>(count * CeilDiv(all_pixels, pixels));
+    size_.bytes = carver_.used();
+    return array;
   }
 
   AlignedCarver<kAlignment> carver_;
@@ -55,7 +60,8 @@ WorkspaceSize OnAnyDevice(const Function& function) {
   constexpr int kLeast = 64 << 10;
   const WorkspaceSize least = function(kLeast);
   const WorkspaceSize most = function(std::numeric_limits<int>::max());
-  return {std::max(least.constant, most.constant), std::max(least.per_input_pixel, most.per_input_pixel),
+  return {std::max(least.bytes, most.bytes), std::max(least.constant, most.constant),
+          std::max(least.per_input_pixel, most.per_input_pixel),
           std::max(least.per_output_pixel, most.per_output_pixel)};
 }
 

@@ -1,4 +1,4 @@
-// The attributes of the calls: the only list of them here. On Python's side they are made in one place too,
+// The attributes of the calls: the only list of them here. In Python they are made by `attributes` of
 // jax_dcn/_operator/native.py.
 
 #pragma once
@@ -12,10 +12,10 @@ namespace jax_dcn {
 
 namespace ffi = xla::ffi;
 
-using Pair = ffi::Span<const int64_t>;
+using Sizes = ffi::Span<const int64_t>;
 
 struct Attributes {
-  Pair stride, padding, dilation;
+  Sizes stride, padding, dilation;
   int64_t groups, deform_groups;
   bool nchw, has_mask;
   bool highest_precision, deterministic;
@@ -29,8 +29,8 @@ struct BackwardAttributes : Attributes {
 
 // By name, in the order of the members.
 #define JAX_DCN_ATTRIBUTES                                                                                \
-  StructMember<jax_dcn::Pair>("stride"), StructMember<jax_dcn::Pair>("padding"),                          \
-      StructMember<jax_dcn::Pair>("dilation"), StructMember<int64_t>("groups"),                           \
+  StructMember<jax_dcn::Sizes>("stride"), StructMember<jax_dcn::Sizes>("padding"),                        \
+      StructMember<jax_dcn::Sizes>("dilation"), StructMember<int64_t>("groups"),                          \
       StructMember<int64_t>("deform_groups"), StructMember<bool>("nchw"), StructMember<bool>("has_mask"), \
       StructMember<bool>("highest_precision"), StructMember<bool>("deterministic")
 

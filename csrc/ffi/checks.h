@@ -49,6 +49,8 @@ inline std::optional<DType> ToDType(ffi::DataType dtype) {
   }
 }
 
+inline bool IsPair(Sizes sizes) { return sizes.size() == 2; }
+
 using Shape = std::vector<int64_t>;
 
 // The shape in either format of an array of images with the given channels.
@@ -86,10 +88,10 @@ class Checker {
   bool ok() const { return error_.success(); }
 
   // Sizes from the shapes of x and weight and the attributes.
-  Geometry ToGeometry(Pair image, Pair kernel, const Attributes& a) {
+  Geometry ToGeometry(Sizes image, Sizes kernel, const Attributes& a) {
     Geometry g{};
     if (image.size() != 4 || kernel.size() != 4) return Fail("x and weight must have rank 4"), g;
-    if (a.stride.size() != 2 || a.padding.size() != 2 || a.dilation.size() != 2) {
+    if (!IsPair(a.stride) || !IsPair(a.padding) || !IsPair(a.dilation)) {
       return Fail("stride, padding and dilation must be pairs"), g;
     }
     const int pixels = a.nchw ? 2 : 1;

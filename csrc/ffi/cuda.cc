@@ -88,7 +88,7 @@ ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, f
   const auto [g, a] = check.Forward(x, offset, weight, optional, y, attributes);
   if (!check.ok()) return check.error();
   const cuda::Options options = StageOptions<kStage>(attributes);
-  const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options).Bytes(g);
+  const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options).bytes;
   CheckBuffers(check, attributes.nchw, *workspace, needed, a.x, a.offset, a.mask, a.weight, a.bias, a.y);
   return check.ok() ? ToError(cuda::Forward(g, a, workspace->untyped_data(), options, device, stream), device)
                     : check.error();
@@ -105,7 +105,7 @@ ffi::Error DeformConv2dBackward(cudaStream_t stream, int32_t device, ffi::AnyBuf
   if (!last.has_value()) return last.error();
   const Workspace workspace = **last;
   const cuda::Options options = StageOptions<kStage>(attributes);
-  const int64_t needed = cuda::BackwardWorkspace(g, attributes.wanted, a.x.dtype, options).Bytes(g);
+  const int64_t needed = cuda::BackwardWorkspace(g, attributes.wanted, a.x.dtype, options).bytes;
   CheckBuffers(check, attributes.nchw, workspace, needed, a.grad_y, a.x, a.offset, a.mask, a.weight, a.grad_x,
                a.grad_offset, a.grad_mask, a.grad_weight, a.grad_bias);
   return check.ok() ? ToError(cuda::Backward(g, a, workspace.untyped_data(), options, device, stream), device)

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -26,13 +27,13 @@ using xla::ffi::StructMember;
 
 template <class T>
 T FromPython(const py::handle& value) {
-  if constexpr (std::is_same_v<T, Pair>) {
+  if constexpr (std::is_same_v<T, Sizes>) {
     // The caller's array, which outlives the call; anything else would be converted to one that does not.
     if (!py::isinstance<py::array_t<int64_t, py::array::c_style>>(value)) {
-      throw py::type_error("jax_dcn: a pair must be an array of int64");
+      throw py::type_error("jax_dcn: sizes must be an array of int64");
     }
-    const auto pair = py::reinterpret_borrow<py::array_t<int64_t>>(value);
-    return {pair.data(), static_cast<size_t>(pair.size())};
+    const auto sizes = py::reinterpret_borrow<py::array_t<int64_t>>(value);
+    return {sizes.data(), static_cast<size_t>(sizes.size())};
   } else {
     return value.cast<T>();
   }
@@ -50,20 +51,19 @@ using KnownDimensions = std::array<std::optional<int64_t>, 4>;
 
 // The geometry of a call, or where some of the batch, height and width of x are not known, one that stands for all.
 Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const Attributes& a) {
-  // What is not known is as small as it may be, as far as the check goes.
-  Dimensions least;
-  for (size_t i = 0; i < least.size(); ++i) {
-    const bool spatial = i == 1 || i == 2;
-    least[i] = x[i].value_or(spatial ? a.dilation[i - 1] * (weight[i - 1] - 1) + 1 : 1);
-  }
   Checker check;
-  Geometry g = check.ToGeometry({least.data(), least.size()}, {weight.data(), weight.size()}, a);
-  if (!check.ok()) throw std::invalid_argument(check.error().message());
-  if (!(x[0] && x[1] && x[2])) {
-    g.batch = cuda::kManyPixels;
-    g.height = g.width = g.h_out = g.w_out = 1;
+  Dimensions sizes;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    // What is not known is as small as it may be, for the check's sake.
+    const bool spatial = i == 1 || i == 2;
+    const int64_t least = spatial && IsPair(a.dilation) && IsPair(a.padding)
+                              ? std::max<int64_t>(1, a.dilation[i - 1] * (weight[i - 1] - 1) + 1 - 2 * a.padding[i - 1])
+                              : 1;
+    sizes[i] = x[i].value_or(least);
   }
-  return g;
+  const Geometry g = check.ToGeometry({sizes.data(), sizes.size()}, {weight.data(), weight.size()}, a);
+  if (!check.ok()) throw std::invalid_argument(check.error().message());
+  return x[0] && x[1] && x[2] ? g : cuda::OfAnySize(g);
 }
 
 DType ToDType(const std::string& name) {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jax_dcn._operator.operands import channel_axis, is_per_image
+from jax_dcn._operator.operands import channel_axis, is_per_image, results
 
 
 def _in_front(operand: jax.Array, axis: int | None, size: int) -> jax.Array:
@@ -51,7 +51,7 @@ def _unfold_in_groups(y: jax.Array, size: int, axis: int, groups: int) -> jax.Ar
 def batch(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int | None], **params: Any):
     """The batching rule: the results with a mapped axis each, and where these are."""
     geometry, names = params["geometry"], params["names"]
-    results = params.get("wanted", ("y",))
+    computed = results(params)
     mapped = [name for name, axis in zip(names, axes, strict=True) if axis is not None]
     size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
 
@@ -63,13 +63,13 @@ def batch(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int
         avals = jax.eval_shape(functools.partial(primitive.bind, **params), *example)
         return [jnp.zeros((0, *aval.shape), aval.dtype) for aval in avals], [0] * len(avals)
 
-    if all(map(is_per_image, (*mapped, *results))):
+    if all(map(is_per_image, (*mapped, *computed))):
         # Nothing sums over the images, so the examples are more images.
         folded = [
             _fold(operand, axis, size, 0) if is_per_image(name) else operand
             for name, operand, axis in zip(names, operands, axes, strict=True)
         ]
-        return [_unfold(result, size, 0) for result in primitive.bind(*folded, **params)], [0] * len(results)
+        return [_unfold(result, size, 0) for result in primitive.bind(*folded, **params)], [0] * len(computed)
 
     if "grad_y" not in names and not any(map(is_per_image, mapped)):
         # Only the weight and the bias differ, so the examples are more output channels, and share the samples.
@@ -88,5 +88,5 @@ def batch(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int
         for name, operand, axis in zip(names, operands, axes, strict=True)
     ]
     unfolded = primitive.bind(*folded, **dict(params, geometry=geometry.repeat_groups(size)))
-    into = [channel_axis(geometry, name) for name in results]
+    into = [channel_axis(geometry, name) for name in computed]
     return [_unfold(result, size, axis) for result, axis in zip(unfolded, into, strict=True)], into

@@ -16,7 +16,7 @@ from jax import lax
 
 from jax_dcn._operator import native, reference
 from jax_dcn._operator.geometry import Geometry
-from jax_dcn._operator.operands import DOT, GRADIENTS, to_nchw, to_nhwc
+from jax_dcn._operator.operands import DOT, results, to_nchw, to_nhwc
 
 Arrays = dict[str, jax.Array]
 Rule = Callable[..., list[jax.Array]]
@@ -29,8 +29,8 @@ def in_nhwc(rule: Rule) -> Rule:
         if geometry.data_format == "NHWC":
             return rule(given, geometry=geometry, **params)
         given = {name: to_nhwc(name, operand) for name, operand in given.items()}
-        results = rule(given, geometry=geometry.in_format("NHWC"), **params)
-        return [to_nchw(name, result) for name, result in zip(params.get("wanted", ("y",)), results, strict=True)]
+        computed = rule(given, geometry=geometry.in_format("NHWC"), **params)
+        return [to_nchw(name, result) for name, result in zip(results(params), computed, strict=True)]
 
     return in_either
 
@@ -40,7 +40,7 @@ def in_nhwc(rule: Rule) -> Rule:
 
 @in_nhwc
 def deform_conv2d_xla(given: Arrays, **params: Any) -> list[jax.Array]:
-    return [reference.deform_conv2d(**_all(given, "mask", "bias"), **params)]
+    return [reference.deform_conv2d(**_with_absent(given, "mask", "bias"), **params)]
 
 
 def deform_conv2d_cpu(given: Arrays, *, geometry: Geometry, precision: Any) -> list[jax.Array]:
@@ -65,16 +65,16 @@ def _y(given: Arrays, geometry: Geometry) -> jax.ShapeDtypeStruct:
 
 @in_nhwc
 def deform_conv2d_backward_xla(given: Arrays, *, wanted: tuple[str, ...], **params: Any) -> list[jax.Array]:
-    gradients = reference.deform_conv2d_backward(**_all(given, "mask"), **params)
+    gradients = reference.deform_conv2d_backward(**_with_absent(given, "mask"), **params)
     return [gradients[name] for name in wanted]
 
 
 def deform_conv2d_backward_cpu(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
 ) -> list[jax.Array]:
-    attributes = native.attributes(given, geometry, **_flags(wanted), **_options(given, precision, jnp.bfloat16))
-    results = _summed_gradients(given, wanted, geometry)
-    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
+    attributes = native.attributes(given, geometry, wanted=wanted, **_options(given, precision, jnp.bfloat16))
+    summed = _summed_gradients(given, wanted, geometry)
+    gradients = native.call(native.DEFORM_CONV2D_BACKWARD, summed, given, attributes)
     return _rounded(gradients, given, wanted)
 
 
@@ -82,15 +82,11 @@ def deform_conv2d_backward_cpu(
 def deform_conv2d_backward_cuda(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
 ) -> list[jax.Array]:
-    attributes = native.attributes(given, geometry, **_flags(wanted), **_options(given, precision, jnp.float32))
+    attributes = native.attributes(given, geometry, wanted=wanted, **_options(given, precision, jnp.float32))
     workspace = native.cuda_workspace(native.DEFORM_CONV2D_BACKWARD, given, attributes)
-    results = [*_summed_gradients(given, wanted, geometry), workspace]
-    *gradients, _ = native.call(native.DEFORM_CONV2D_BACKWARD, results, given, attributes)
+    summed = _summed_gradients(given, wanted, geometry)
+    *gradients, _ = native.call(native.DEFORM_CONV2D_BACKWARD, [*summed, workspace], given, attributes)
     return _rounded(gradients, given, wanted)
-
-
-def _flags(wanted: tuple[str, ...]) -> dict[str, bool]:
-    return {f"grad_{name}": name in wanted for name in GRADIENTS}
 
 
 def _summed_gradients(given: Arrays, wanted: tuple[str, ...], geometry: Geometry) -> list[jax.ShapeDtypeStruct]:
@@ -121,7 +117,7 @@ def deform_conv2d_tangent_xla(given: Arrays, **params: Any) -> list[jax.Array]:
     primals, dots = _primals_and_dots(given)
 
     def forward(perturbed: Arrays) -> jax.Array:
-        return reference.deform_conv2d(**_all(primals | perturbed, "mask", "bias"), **params)
+        return reference.deform_conv2d(**_with_absent(primals | perturbed, "mask", "bias"), **params)
 
     # The result does not depend on the bias itself.
     at = {name: primals[name] if name in primals else jnp.zeros_like(dot) for name, dot in dots.items()}
@@ -154,7 +150,7 @@ def _primals_and_dots(given: Arrays) -> tuple[Arrays, Arrays]:
     return primals, {name.removesuffix(DOT): dot for name, dot in given.items() if name.endswith(DOT)}
 
 
-def _all(given: Arrays, *optional: str) -> dict[str, Any]:
+def _with_absent(given: Arrays, *optional: str) -> dict[str, Any]:
     """The operands, None for the optional ones that are missing."""
     return {**dict.fromkeys(optional), **given}
 
@@ -180,7 +176,7 @@ _ALLOW_ROUNDING = {
 _DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
 
 
-def _options(given: Arrays, precision: Any, rounded: jax.typing.DTypeLike) -> dict[str, bool]:
+def _options(given: Arrays, precision: Any, rounded: jax.typing.DTypeLike) -> dict[str, Any]:
     """The kernels' options; `rounded` is the dtype of which they may round the operands of products."""
     of_both = set(precision) if isinstance(precision, tuple) else {precision}
     return {

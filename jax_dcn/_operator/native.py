@@ -1,4 +1,4 @@
-"""The native module: loading it, registering its handlers with XLA, calling them, and telling about it."""
+"""The native modules: loading them, registering their handlers with XLA, calling these, and telling about them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jaxlib
 import numpy as np
 
 from jax_dcn._operator.geometry import Geometry
+from jax_dcn._operator.operands import GRADIENTS, OPERANDS
 from jax_dcn.version import __version__
 
 # XLA's registry is one per process, so the names carry a prefix.
@@ -23,7 +24,7 @@ DEFORM_CONV2D_BACKWARD = "jax_dcn_deform_conv2d_backward"
 
 
 def _load(name: str, platform: str, warning: str) -> tuple[Any, str | None]:
-    """A native module (its `.pyi` lies here) with its handlers registered; or None, with a warning, and why."""
+    """A native module with its handlers registered; or None, with a warning, and why."""
     try:
         module = importlib.import_module(f"jax_dcn._operator.{name}")
     except ImportError as error:
@@ -34,43 +35,52 @@ def _load(name: str, platform: str, warning: str) -> tuple[Any, str | None]:
     return module, None
 
 
-_native, MISSING = _load(
-    "_native",
-    "cpu",
-    "the native module could not be loaded ({error}); plain XLA takes its place, which is many times slower. "
-    "A source folder has no native module: start Python elsewhere, or install with pip install -e.",
-)
-
-_native_cuda: Any
+MISSING: str | None
 CUDA_MISSING: str | None
-if importlib.util.find_spec("jax_dcn._operator._native_cuda") is None:
-    _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
+if TYPE_CHECKING:
+    from jax_dcn._operator import _native, _native_cuda
 else:
-    _native_cuda, CUDA_MISSING = _load(
-        "_native_cuda",
-        "CUDA",
-        "the CUDA kernels could not be loaded ({error}); on GPUs plain XLA takes their place, which is many times "
-        "slower.",
+    _native, MISSING = _load(
+        "_native",
+        "cpu",
+        "the native module could not be loaded ({error}); plain XLA takes its place, which is many times slower. "
+        "A source folder has no native module: start Python elsewhere, or install with pip install -e.",
     )
+    _native_cuda, CUDA_MISSING = None, "jax_dcn was built without CUDA kernels: docs/cuda.md says how to build them"
+    if importlib.util.find_spec("jax_dcn._operator._native_cuda") is not None:
+        _native_cuda, CUDA_MISSING = _load(
+            "_native_cuda",
+            "CUDA",
+            "the CUDA kernels could not be loaded ({error}); on GPUs plain XLA takes their place, which is many times "
+            "slower.",
+        )
 
 
 def cpu_isas() -> list[str]:
     """The instruction sets for which there are CPU kernels, worst first."""
-    return _native.cpu_isas() if _native is not None else []
+    return _native.cpu_isas() if MISSING is None else []
 
 
 def cpu_isa() -> str | None:
     """The one that is used. None if there is none, or JAX_DCN_CPU_ISA names one that was not built or does not run."""
-    return _native.cpu_isa() if _native is not None else None
+    return _native.cpu_isa() if MISSING is None else None
 
 
 def cuda_architectures() -> str:
     """Those for which there are CUDA kernels, such as "75 90 90+PTX"."""
-    return _native_cuda.architectures() if _native_cuda is not None else ""
+    return _native_cuda.architectures() if CUDA_MISSING is None else ""
 
 
-def attributes(operands: dict[str, jax.Array], geometry: Geometry, **flags: bool) -> dict[str, Any]:
+def attributes(
+    operands: dict[str, jax.Array],
+    geometry: Geometry,
+    *,
+    highest_precision: bool,
+    deterministic: bool,
+    wanted: tuple[str, ...] | None = None,  # gradients, of the backward handler
+) -> dict[str, Any]:
     """The attributes of a handler. All are made here, since an int32 in place of an int64 would be another one."""
+    flags = {} if wanted is None else {f"grad_{name}": name in wanted for name in GRADIENTS}
     return dict(
         stride=np.array(geometry.stride, np.int64),
         padding=np.array(geometry.padding, np.int64),
@@ -79,6 +89,8 @@ def attributes(operands: dict[str, jax.Array], geometry: Geometry, **flags: bool
         deform_groups=np.int64(geometry.deform_groups),
         nchw=geometry.data_format == "NCHW",
         has_mask="mask" in operands,
+        highest_precision=highest_precision,
+        deterministic=deterministic,
         **flags,
     )
 
@@ -89,13 +101,17 @@ def call(
     operands: dict[str, jax.Array],
     attributes: dict[str, Any],
 ) -> list[jax.Array]:
-    """Calls a handler with the operands, whose order csrc/ffi declares."""
-    return list(jax.ffi.ffi_call(target, results)(*operands.values(), **attributes))
+    """Calls a handler."""
+    given = [operands[name] for name in OPERANDS if name in operands]
+    return list(jax.ffi.ffi_call(target, results)(*given, **attributes))
 
 
 def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict[str, Any]) -> jax.ShapeDtypeStruct:
     """The work space that the CUDA handler `target` wants as its last result, of operands in NHWC."""
-    formula = _native_cuda.forward_workspace if target == DEFORM_CONV2D else _native_cuda.backward_workspace
+    formula = {
+        DEFORM_CONV2D: _native_cuda.forward_workspace,
+        DEFORM_CONV2D_BACKWARD: _native_cuda.backward_workspace,
+    }[target]
     n, height, width, c_in = operands["x"].shape
     _, h_out, w_out, _ = operands["offset"].shape
     # Where the program is exported for any size, the formula holds for all.

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dcn._operator import compat
 from jax_dcn._operator.geometry import Geometry
-from jax_dcn._operator.operands import array_of, channel_axis, is_per_image
+from jax_dcn._operator.operands import channel_axis, is_per_image, results, shaped_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Bound:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return dict(self.others).get("wanted", ("y",))
+        return results(dict(self.others))
 
 
 def partitioned(primitive: core.Primitive, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,9 +76,9 @@ def _channels_shared(geometry: Geometry, mesh) -> bool:
 
 def _shared_by_channel(geometry: Geometry, name: str) -> bool:
     """Whether devices that share the output channels, or the units, share the array's channels too."""
-    if array_of(name) in ("y", "weight", "bias"):
+    if shaped_as(name) in ("y", "weight", "bias"):
         return True
-    return geometry.groups > 1 and (array_of(name) == "x" or geometry.deform_groups > 1)
+    return geometry.groups > 1 and (shaped_as(name) == "x" or geometry.deform_groups > 1)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -123,10 +123,10 @@ def _sharding_rule(call: _Bound, mesh, operand_types, result_types) -> tuple[str
 
 def _partition(call: _Bound, mesh, arg_shapes, result_shape):
     geometry = call.geometry
-    shapes = {array_of(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
+    shapes = {shaped_as(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
     # What the partitioner has settled on. The results come first: an operand may still be whole on every device.
     settled = [
-        (array_of(name), array.sharding.spec)
+        (shaped_as(name), array.sharding.spec)
         for name, array in zip((*call.results, *call.names), (*result_shape, *arg_shapes), strict=True)
     ]
 
@@ -151,7 +151,7 @@ def _partition(call: _Bound, mesh, arg_shapes, result_shape):
         outs = dividing(geometry.units if geometry.groups > 1 else shapes["weight"][geometry.out_axis], outs)
 
     def sharding(name: str) -> NamedSharding:
-        spec: list[Any] = [None] * (1 if array_of(name) == "bias" else 4)
+        spec: list[Any] = [None] * (1 if shaped_as(name) == "bias" else 4)
         if is_per_image(name):
             spec[0] = images or None
         if _shared_by_channel(geometry, name):

@@ -1,4 +1,4 @@
-"""What the models share: torch's layers with torch's defaults, and parameters that are not trained."""
+"""What models are made of: torch's layers with torch's defaults, and parameters that are not trained."""
 
 from __future__ import annotations
 

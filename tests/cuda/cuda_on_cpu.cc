@@ -138,7 +138,7 @@ cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options option
   a.weight = arrays.Input(true, g.weights(), call.dtype);
   a.bias = arrays.Input(call.bias != 0, g.c_out, call.dtype);
   a.y = arrays.Output(true, g.pixels() * g.c_out, call.dtype);
-  void* workspace = arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options).Bytes(g));
+  void* workspace = arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options).bytes);
   return LoadAndRun(
       options, [&](cuda::Options o) { return cuda::Forward(g, a, workspace, o, device, &device_streams[device]); });
 }
@@ -161,7 +161,7 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
   a.grad_bias = arrays.Output(call.wanted[4] != 0, g.c_out, sums);
   const WantedGradients wanted{call.wanted[0] != 0, call.wanted[1] != 0, call.wanted[2] != 0, call.wanted[3] != 0,
                                call.wanted[4] != 0};
-  void* workspace = arrays.Workspace(cuda::BackwardWorkspace(g, wanted, a.x.dtype, options).Bytes(g));
+  void* workspace = arrays.Workspace(cuda::BackwardWorkspace(g, wanted, a.x.dtype, options).bytes);
   return LoadAndRun(
       options, [&](cuda::Options o) { return cuda::Backward(g, a, workspace, o, device, &device_streams[device]); });
 }

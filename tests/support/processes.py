@@ -12,8 +12,9 @@ def run_python(code: str, *folders: Path, **environment: str) -> str:
     On the CPU, unless JAX_PLATFORMS says otherwise: what needs a process of its own is about the CPU's threads,
     instruction sets and devices. XLA's thread pool follows NPROC. The code may import from the `folders`, too.
     """
-    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(*folders), **environment}
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(*folders)}
     settings.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    settings |= environment
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=settings,

@@ -1,0 +1,75 @@
+// What the host chooses of a call: the arithmetic of its kernels, and the widths of their tiles.
+
+#pragma once
+
+#include "kernels.h"
+#include "problem.h"
+#include "product.h"
+#include "small_groups.h"
+
+namespace jax_dcn {
+namespace cuda {
+
+// An element type and the kind of its products.
+template <class T_, class Tag_>
+struct Arithmetic {
+  using T = T_;
+  using Tag = Tag_;
+  // The widest tiles whose sums leave registers for the rest. What is plain on every device holds operands in registers
+  // too, doubles take two each, and products of TF32, transposed, load their operands word by word.
+  static constexpr bool kPlain = sizeof(T) > 2 && std::is_same_v<T, Tag>;
+  static constexpr int kColumns = sizeof(T) == 8 ? 64 : kPlain ? 128 : 256;
+  static constexpr int kTransposedColumns = sizeof(T) == 8 ? 64 : sizeof(T) > 2 ? 128 : 256;
+  static constexpr bool kSmallGroups = false;
+};
+
+// By the kernels of small_groups.h.
+template <class A>
+struct InSmallGroups : A {
+  static constexpr bool kSmallGroups = true;
+};
+
+// Calls function(Arithmetic of the type, perhaps InSmallGroups).
+template <class Function>
+auto WithArithmetic(const Geometry& g, DType dtype, Precision precision, const Function& function) {
+  const auto choose = [&](auto a) {
+    return IsSmallGroup<decltype(a)>(g) ? function(InSmallGroups<decltype(a)>()) : function(a);
+  };
+  switch (dtype) {
+    case DType::kBFloat16: return choose(Arithmetic<BFloat16, BFloat16>());
+    case DType::kFloat16: return choose(Arithmetic<Float16, Float16>());
+    case DType::kFloat64: return choose(Arithmetic<double, double>());
+    case DType::kFloat32: break;
+  }
+  return precision == Precision::kHighest ? choose(Arithmetic<float, float>()) : choose(Arithmetic<float, TF32>());
+}
+
+// The problem as the kernels see it.
+template <class A>
+Problem ProblemOf(Geometry g) {
+  if (A::kSmallGroups) g.groups = 1;
+  return Problem(g, kChannelVector<typename A::T>);
+}
+
+// Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few
+// blocks came out that the processors stood idle (an H200 has 132). Half of the widest fit into any device's shared
+// memory.
+template <class T, int kMost, bool kTransposed>
+int TileColumns(int total, int64_t other_blocks, int shared_bytes) {
+  constexpr int64_t kBlocks = 128;
+  int columns = kProductSharedBytes<T, kMost, kTransposed> <= shared_bytes ? kMost : kMost / 2;
+  while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
+  return columns;
+}
+
+// Calls function(the number of columns as an std::integral_constant).
+template <int kMost, class Function>
+void WithColumns(int columns, const Function& function) {
+  if constexpr (kMost > 64) {
+    if (columns < kMost) return WithColumns<kMost / 2>(columns, function);
+  }
+  function(std::integral_constant<int, kMost>());
+}
+
+}  // namespace cuda
+}  // namespace jax_dcn
