@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax_runs import conv_run, gather_run, jax_dcn_run
 from report import kernels, versions
-from runs import Competitor, Results, Run, Task, check, stopwatch
+from tasks import Competitor, Results, Run, Task, check, stopwatch
 from torch_runs import torch_run
 from workers import described
 from workloads import WORKLOADS, Operands

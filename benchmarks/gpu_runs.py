@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax_runs import conv_run, deformable, jax_dcn_run, jax_program, plain_xla
 from report import environment, kernels, versions
-from runs import Competitor, Results, Run, Task, check
+from tasks import Competitor, Results, Run, Task, check
 from torch_runs import torch_run
 from workers import described
 from workloads import DIRECTIONS, WORKLOADS, Arrays, Operands, Workload

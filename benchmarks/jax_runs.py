@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from runs import Results, Run, Task
+from tasks import Results, Run, Task
 
 import jax_dcn
 

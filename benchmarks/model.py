@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from competitors import onnxruntime_session
 from flax import nnx
-from runs import check, in_turn
+from tasks import check, in_turn
 
 from jax_dcn import mmcv
 from jax_dcn.models import ResNet

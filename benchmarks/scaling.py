@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax_runs import calls_kernels, jax_dcn_run
 from report import caption, environment, markdown, paired_ratio, write_files
-from runs import Run, Task, in_turn
+from tasks import Run, Task, in_turn
 from workloads import DIRECTIONS, Operands, Workload
 
 import jax_dcn

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax_runs import WIDE
-from runs import Results, Run, Task
+from tasks import Results, Run, Task
 from workloads import Arrays
 
 

@@ -9,7 +9,7 @@ import gpu
 import gpu_runs
 import numpy as np
 import pytest
-import runs
+import tasks
 from support.benchmark_reports import benchmark_report
 from support.processes import run_python
 from workloads import Workload
@@ -100,19 +100,19 @@ def test_wrong_numbers_fail(norm):
     """Too large an error, a NaN in a large array or a small one, and arrays that are missing or of other shapes."""
     rng = np.random.default_rng(0)
     expected = {"y": rng.standard_normal((1, 7, 11, 256), np.float32), "x": rng.standard_normal(5, np.float32)}
-    assert runs.check({name: array * 1.01 for name, array in expected.items()}, expected, 0.02, norm) < 0.011
+    assert tasks.check({name: array * 1.01 for name, array in expected.items()}, expected, 0.02, norm) < 0.011
     for name, what in (("y", "result"), ("x", "gradient of x")):
         changed = expected[name] * 1.03
         with pytest.raises(ValueError, match=f"the {what} is off by 3.0e-02, allowed is 2.0e-02"):
-            runs.check(expected | {name: changed}, expected, 0.02, norm)
+            tasks.check(expected | {name: changed}, expected, 0.02, norm)
         changed = expected[name].copy()
         changed.flat[-1] = np.nan
         with pytest.raises(ValueError, match=f"the {what} is off by nan"):
-            runs.check(expected | {name: changed}, expected, 0.02, norm)
+            tasks.check(expected | {name: changed}, expected, 0.02, norm)
         with pytest.raises(ValueError, match=r"has .* expected "):
-            runs.check(expected | {name: expected[name][:, None]}, expected, 0.02, norm)
+            tasks.check(expected | {name: expected[name][:, None]}, expected, 0.02, norm)
     with pytest.raises(ValueError, match="has "):
-        runs.check({"y": expected["y"]}, expected, 0.02, norm)
+        tasks.check({"y": expected["y"]}, expected, 0.02, norm)
 
 
 def test_half_coordinates():
