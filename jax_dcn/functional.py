@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,22 +11,23 @@ from jax import lax
 
 from jax_dcn import _checks
 from jax_dcn._operator import differentiation
-from jax_dcn._operator.geometry import Pair
+
+Array = jax.Array | np.ndarray
 
 
 def deform_conv2d(
-    x: jax.Array,
-    offset: jax.Array,
-    weight: jax.Array,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    x: Array,
+    offset: Array,
+    weight: Array,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     deform_groups: int = 1,
-    bias: jax.Array | None = None,
+    bias: Array | Literal[False] | None = None,
     im2col_step: int = 32,
     *,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
     data_format: str = "NCHW",
     precision: lax.PrecisionLike = None,
     forward_mode: bool = False,
@@ -88,14 +90,14 @@ def deform_conv2d(
 
 
 def modulated_deform_conv2d(
-    x: jax.Array,
-    offset: jax.Array,
-    mask: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    x: Array,
+    offset: Array,
+    mask: Array,
+    weight: Array,
+    bias: Array | Literal[False] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     deform_groups: int = 1,
     *,

@@ -14,6 +14,7 @@ rngs = nnx.Rngs(0)
 
 assert_type(jax_dcn.deform_conv2d(x, offset, weight, 1, (1, 2), mask=mask, data_format="NHWC"), jax.Array)
 assert_type(jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, bias=None, precision="highest"), jax.Array)
+assert_type(jax_dcn.deform_conv2d(np.ones(3), offset, weight, padding=[1, 1], bias=False), jax.Array)
 assert_type(jax_dcn.__version__, str)
 assert_type(jax_dcn.show_config(), None)
 jax_dcn.deform_conv(x, offset, weight)  # type: ignore[attr-defined]
