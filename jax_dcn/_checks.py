@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_dcn._operator.geometry import MAX_PIXELS, Geometry, Pair
+from jax_dcn._operator.geometry import MAX_PIXELS, MAX_WEIGHTS, Geometry, Pair
 
 DATA_FORMATS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -134,6 +134,11 @@ def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geomet
         )
     if geometry.taps == 0:
         raise ValueError(f"{name}: weight has an empty kernel, in shape {weight.shape} as {order}")
+    if geometry.taps * max(c_in, c_out) > MAX_WEIGHTS:
+        raise ValueError(
+            f"{name}: the taps of all channels, kernel {geometry.kernel_size} times C_in ({c_in}) or C_out ({c_out}), "
+            f"must be fewer than 2^27, in shape {weight.shape} as {order}"
+        )
     if bias is not None and bias.shape != (c_out,):
         raise ValueError(f"{name}: bias has shape {bias.shape}, expected ({c_out},) = (C_out,)")
 

@@ -349,6 +349,10 @@ except jax.errors.JaxRuntimeError as error:
         ({"dtype": "int32"}, "unsupported type int32"),
         ({"padding": (2**31, 0)}, "an image and its padding must be smaller than 2\\^31 pixels"),
         ({"x": (1, 1, 1, 8), "padding": (0, 0)}, "the output has no pixels"),
+        ({"x": (-1, 8, 8, 8)}, "the batch must not be negative"),
+        ({"x": (1, 8, 8, 2**32), "weight": (3, 3, 2**32, 4)}, "taps times channels must be less than 2\\^27"),
+        ({"weight": (3, 3, 8, 2**40)}, "taps times channels must be less than 2\\^27"),
+        ({"x": (1, None, None, 8), "weight": (2**14, 2**14, 8, 4)}, "taps times channels must be less than 2\\^27"),
     ],
     ids=str,
 )

@@ -188,3 +188,10 @@ def test_unknown_implementation(monkeypatch):
     monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", "cuda")
     with pytest.raises(ValueError, match=r"JAX_DCN_IMPLEMENTATION must be one of .*, got 'cuda'"):
         trace(jax_dcn.deform_conv2d)
+
+
+def test_channels_that_the_kernels_cannot_count():
+    shapes = {"x": (1, 2**27, 1, 1), "offset": (1, 2, 1, 1), "weight": (1, 2**27, 1, 1)}
+    operands = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"C_in \(134217728\) or C_out \(1\), must be fewer than 2\^27"):
+        jax.eval_shape(lambda operands: jax_dcn.deform_conv2d(**operands), operands)

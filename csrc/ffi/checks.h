@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -107,12 +108,17 @@ class Checker {
     for (const int64_t size : positive) {
       if (size < 1) return Fail("sizes, strides, dilations and groups must be positive"), g;
     }
+    if (g.batch < 0) return Fail("the batch must not be negative"), g;
     if (g.c_in % g.groups != 0 || g.c_out % g.groups != 0 || g.c_in % g.deform_groups != 0) {
       return Fail("channels must be multiples of the groups"), g;
     }
     if (kernel[a.nchw ? 1 : 2] != g.group_in()) return Fail("weight must have C_in / groups input channels"), g;
     // Pixels are counted, and regular coordinates computed, in 32 bits.
     if (!FitsImage(g)) return Fail("an image and its padding must be smaller than 2^31 pixels"), g;
+    // The CUDA kernels count a kernel's taps of all channels in 32 bits, padded to vectors of up to eight.
+    if (g.taps() > kMostWeights || std::max(g.c_in, g.c_out) > kMostWeights / g.taps()) {
+      return Fail("taps times channels must be less than 2^27"), g;
+    }
     g.h_out = OutputSize(g.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h);
     g.w_out = OutputSize(g.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w);
     if (g.h_out < 1 || g.w_out < 1) Fail("the output has no pixels");
@@ -183,6 +189,7 @@ class Checker {
 
  private:
   static constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  static constexpr int64_t kMostWeights = (int64_t{1} << 27) - 1;
 
   Array ToArray(const char* name, ffi::AnyBuffer buffer, const Shape& shape) {
     const auto dimensions = buffer.dimensions();

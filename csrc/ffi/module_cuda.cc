@@ -49,6 +49,8 @@ T FromKeywords(const py::kwargs& keywords, const StructMember<Members>&... membe
 using Dimensions = std::array<int64_t, 4>;
 using KnownDimensions = std::array<std::optional<int64_t>, 4>;
 
+bool IsKnown(const KnownDimensions& x) { return x[0] && x[1] && x[2] && x[3]; }
+
 // The geometry of a call, or where some of the batch, height and width of x are not known, one that stands for all.
 Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const Attributes& a) {
   Checker check;
@@ -63,7 +65,7 @@ Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const At
   }
   const Geometry g = check.ToGeometry({sizes.data(), sizes.size()}, {weight.data(), weight.size()}, a);
   if (!check.ok()) throw std::invalid_argument(check.error().message());
-  return x[0] && x[1] && x[2] ? g : cuda::OfAnySize(g);
+  return IsKnown(x) ? g : cuda::OfAnySize(g);
 }
 
 DType ToDType(const std::string& name) {
@@ -74,22 +76,24 @@ DType ToDType(const std::string& name) {
   throw std::invalid_argument("jax_dcn: unsupported type " + name);
 }
 
-py::tuple ToTuple(const cuda::WorkspaceSize& size) {
+// The formula, or where all sizes are known the bytes.
+py::tuple ToTuple(const cuda::WorkspaceSize& size, const KnownDimensions& x) {
+  if (IsKnown(x)) return py::make_tuple(size.bytes, 0, 0);
   return py::make_tuple(size.constant, size.per_input_pixel, size.per_output_pixel);
 }
 
-// The formula of the work space that a handler wants, by the handler's attributes.
+// The work space that a handler wants, by the handler's attributes.
 
 py::tuple ForwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
                            const py::kwargs& attributes) {
   const auto a = FromKeywords<Attributes>(attributes, JAX_DCN_ATTRIBUTES);
-  return ToTuple(cuda::ForwardWorkspace(ToGeometry(x, weight, a), ToDType(dtype), ToOptions(a)));
+  return ToTuple(cuda::ForwardWorkspace(ToGeometry(x, weight, a), ToDType(dtype), ToOptions(a)), x);
 }
 
 py::tuple BackwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
                             const py::kwargs& attributes) {
   const auto a = FromKeywords<BackwardAttributes>(attributes, JAX_DCN_BACKWARD_ATTRIBUTES);
-  return ToTuple(cuda::BackwardWorkspace(ToGeometry(x, weight, a), a.wanted, ToDType(dtype), ToOptions(a)));
+  return ToTuple(cuda::BackwardWorkspace(ToGeometry(x, weight, a), a.wanted, ToDType(dtype), ToOptions(a)), x);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ def forward_workspace(
 ) -> tuple[int, int, int]:
     """The bytes of work space: a constant, and those for each pixel of x and for each of y.
 
-    x and weight are shapes in NHWC and HWIO; None is a size for which the result holds whatever it is.
+    x and weight are shapes in NHWC and HWIO. None is a batch, height or width for which the result holds whatever it
+    is; where all are known the constant is exact.
     """
 
 def backward_workspace(

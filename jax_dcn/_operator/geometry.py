@@ -8,6 +8,9 @@ import math
 # The kernels count pixels, and compute regular coordinates, in 32 bits.
 MAX_PIXELS = 2**31 - 1
 
+# The CUDA kernels count taps times channels in 32 bits, the channels padded to vectors of up to eight.
+MAX_WEIGHTS = 2**27 - 1
+
 Pair = tuple[int, int]
 
 
