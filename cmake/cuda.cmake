@@ -60,7 +60,7 @@ file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 add_library(kernels_cuda OBJECT ${sources})
 jax_dcn_options(kernels_cuda)
 target_compile_definitions(kernels_cuda PRIVATE "JAX_DCN_CUDA_ARCHITECTURES=\"${architectures}\"")
-# An architecture takes minutes, and nvcc takes them one after the other unless it is told so.
+# nvcc takes the architectures one after the other unless it is told so.
 target_compile_options(kernels_cuda PRIVATE --threads=4)
 set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
 
