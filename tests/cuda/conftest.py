@@ -1,10 +1,9 @@
-import fcntl
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
+import on_cpu
 import pytest
 
 
@@ -21,12 +20,5 @@ def programs(pytestconfig):
     if shutil.which("cmake") is None:
         pytest.skip("no cmake to build the CUDA kernels for the CPU")
     folder = pytestconfig.cache.mkdir("cuda_on_cpu")
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of all the processes of pytest-xdist one builds
-        for command in (
-            ["cmake", "-S", str(Path(__file__).parent), "-B", str(folder)],
-            ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count())],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+    on_cpu.build(folder)
     return folder

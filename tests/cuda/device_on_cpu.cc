@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "access_counts.h"
+
 // Null in a program without AddressSanitizer.
 #pragma weak __sanitizer_start_switch_fiber
 #pragma weak __sanitizer_finish_switch_fiber
@@ -143,6 +145,7 @@ struct Device {
   std::vector<int> ready;
   int current = -1;
   uint32_t time = 0, block_start = 0, block_time = 0;  // now; the block's start; its last barrier
+  AccessCounts counts;
 
   Thread& thread() { return threads[current]; }
   Warp& warp() { return warps[current / kWarp]; }
@@ -177,6 +180,12 @@ void Wait(const char* what, Site site) {
 void Wake(int thread) {
   device.threads[thread].waits = nullptr;
   device.ready.push_back(thread);
+}
+
+// Of all threads from `first` to `end`, which are whole warps but at the end of the block.
+void CountSynchronization(int first, int end) {
+  if (settings.access_counts == nullptr) return;
+  for (int warp = first / kWarp; warp * kWarp < end; ++warp) device.counts.Synchronize(warp);
 }
 
 // The entry of every fiber, which lives as long as the process: a stack left for good would keep AddressSanitizer's
@@ -228,6 +237,7 @@ void RunBlock(BlockIndices block) {
     Fail("not all threads come: %s, but %s", Described(i, waiting), Described(j, other));
   }
   device.current = -1;
+  CountSynchronization(0, device.size);
 }
 
 // -------------------------------------------------------------------------------------------- Shared memory
@@ -297,7 +307,13 @@ void Fail(const char* format, ...) {
   std::_Exit(3);
 }
 
-char* SharedBytes(ptrdiff_t offset, int bytes, int alignment, bool write) {
+namespace {
+
+void CountShared(const std::string& kind, ptrdiff_t offset, int bytes) {
+  device.counts.Add(Memory::kShared, kind, device.current, offset, bytes);
+}
+
+char* CheckedBytes(ptrdiff_t offset, int bytes, int alignment, bool write) {
   Cell* cells = Cells(offset, bytes, alignment);
   if (bytes % kCell != 0) Fail("an element of %d bytes of shared memory is not supported", bytes);
   for (int i = 0; i < bytes / kCell; ++i) {
@@ -312,7 +328,15 @@ char* SharedBytes(ptrdiff_t offset, int bytes, int alignment, bool write) {
   return device.shared + offset;
 }
 
+}  // namespace
+
+char* SharedBytes(ptrdiff_t offset, int bytes, int alignment, bool write) {
+  if (settings.access_counts != nullptr) CountShared((write ? "Write" : "Read") + std::to_string(bytes), offset, bytes);
+  return CheckedBytes(offset, bytes, alignment, write);
+}
+
 void CopyAsync16(ptrdiff_t to, const Vector16& value) {
+  if (settings.access_counts != nullptr) CountShared("CopyAsync16", to, 16);
   Cell* cells = Cells(to, 16, 16);
   Thread& thread = device.thread();
   thread.copies.push_back({to, value, thread.groups});
@@ -329,13 +353,18 @@ void CopyWait(int pending) {
   for (const Copy& copy : thread.copies) {
     if (!done(copy)) continue;
     for (int i = 0; i < 16 / kCell; ++i) device.cells[copy.to / kCell + i].copying = false;
-    std::memcpy(SharedBytes(copy.to, 16, 16, true), &copy.value, 16);
+    std::memcpy(CheckedBytes(copy.to, 16, 16, true), &copy.value, 16);
   }
   thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), done), thread.copies.end());
 }
 
 void CheckGlobal(const char* what, const void* address, int alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) Fail("%s at %p is not aligned", what, address);
+}
+
+void CountGlobal(const char* what, const void* address, int bytes) {
+  if (settings.access_counts == nullptr) return;
+  device.counts.Add(Memory::kGlobal, what, device.current, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
 // ----------------------------------------------------------------------------------------- Warp collectives
@@ -349,6 +378,7 @@ void Collective(const char* what, Site site, void* operand, void (*all)(Operands
   if (++warp.arrived < kWarp) return Wait(what, site);
 
   warp.arrived = 0;
+  CountSynchronization(first, first + kWarp);
   Operands operands;
   for (int lane = 0; lane < kWarp; ++lane) {
     const int i = first + lane;
@@ -441,7 +471,8 @@ void MultiplyAccumulate(float* c, const uint32_t* a, const uint32_t* b, MatrixTy
 void LoadMatrix4(uint32_t* r, ptrdiff_t row, bool transposed, Site site) {
   uint16_t values[8];
   if (Faulty(Fault::kShared, device.thread().loads++)) row += device.shared_bytes;
-  std::memcpy(values, SharedBytes(row, 16, 16, false), sizeof(values));
+  if (settings.access_counts != nullptr) CountShared(transposed ? "LoadMatrix4Transposed" : "LoadMatrix4", row, 16);
+  std::memcpy(values, CheckedBytes(row, 16, 16, false), sizeof(values));
   struct Operand {
     ptrdiff_t row;
     const uint16_t* values;
@@ -505,6 +536,7 @@ cudaError_t Run(void (*kernel)(), dim3 grid, int block, int shared_bytes, const 
     const int64_t rows = i / grid.x;
     RunBlock({static_cast<int>(i % grid.x), static_cast<int>(rows % grid.y), static_cast<int>(rows / grid.y)});
   }
+  if (settings.access_counts != nullptr) device.counts.Write(settings.access_counts, device.kernel);
   device.kernel = "(none)";
   std::free(demangled);
   return cudaSuccess;
@@ -522,6 +554,7 @@ void SyncThreads(on_cpu::Site site) {
   if (Faulty(Fault::kBarrier, call) || (device.current == 0 && Faulty(Fault::kBarrierOfOne, call))) return;
   if (++device.arrived < device.size) return Wait("SyncThreads", site);
   device.arrived = 0;
+  CountSynchronization(0, device.size);
   device.block_time = ++device.time;
   for (Warp& warp : device.warps) warp.time = device.time;
   for (int i = 0; i < device.size; ++i) {

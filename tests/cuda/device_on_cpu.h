@@ -11,6 +11,8 @@
 //  - a misaligned vector access to global memory;
 //  - bank conflicts of LoadMatrix4.
 // Accesses outside arrays in global memory are left to AddressSanitizer.
+//
+// If the environment variable JAX_DCN_ACCESS_COUNTS names a file, each launch adds to it the counts of access_counts.h.
 
 #pragma once
 
@@ -19,6 +21,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -59,6 +62,7 @@ struct Settings {
   uint64_t seed = 0;  // of the order of blocks and threads
   Fault fault = Fault::kNone;
   int fault_call = 0;  // which call of each thread, from 0 on
+  const char* access_counts = std::getenv("JAX_DCN_ACCESS_COUNTS");
 };
 extern Settings settings;
 
@@ -72,9 +76,11 @@ using Operands = void* [kWarp];
 void Collective(const char* what, Site, void* operand, void (*all)(Operands&));
 
 void CheckGlobal(const char* what, const void*, int alignment);
+void CountGlobal(const char* what, const void*, int bytes);
 template <class Vector>
-Vector LoadGlobal(const void* from) {
-  CheckGlobal("LoadGlobal", from, sizeof(Vector));
+Vector LoadGlobal(const char* what, const void* from) {
+  CheckGlobal(what, from, sizeof(Vector));
+  CountGlobal(what, from, sizeof(Vector));
   return static_cast<const Vector*>(from)[settings.fault == Fault::kGlobal];
 }
 
@@ -191,6 +197,7 @@ T ShuffleDown(T value, int delta, on_cpu::Site site = on_cpu::Site::Here()) {
 
 inline void CopyAsync16(Shared<Vector16> to, const void* from, bool valid) {
   on_cpu::CheckGlobal("CopyAsync16", from, 16);
+  if (valid) on_cpu::CountGlobal("CopyAsync16", from, 16);
   on_cpu::CopyAsync16(to.offset(), valid ? *static_cast<const Vector16*>(from) : Vector16{});
 }
 void CopyCommit();
@@ -217,8 +224,8 @@ void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
   on_cpu::MultiplyAccumulate(c, a, b, type, site);
 }
 
-inline Vector16 LoadGlobal16(const void* from) { return on_cpu::LoadGlobal<Vector16>(from); }
-inline Vector8 LoadGlobal8(const void* from) { return on_cpu::LoadGlobal<Vector8>(from); }
+inline Vector16 LoadGlobal16(const void* from) { return on_cpu::LoadGlobal<Vector16>("LoadGlobal16", from); }
+inline Vector8 LoadGlobal8(const void* from) { return on_cpu::LoadGlobal<Vector8>("LoadGlobal8", from); }
 
 // Blocks run one after another, so plain additions will do.
 template <class Real>
@@ -228,6 +235,7 @@ void AtomicAdd(Real* to, Real value) {
 template <class Real>
 void AtomicAdd4(Real* to, const Real (&value)[4]) {
   on_cpu::CheckGlobal("AtomicAdd4", to, 16);
+  on_cpu::CountGlobal("AtomicAdd4", to, sizeof(value));
   for (int i = 0; i < 4; ++i) to[i] += value[i];
 }
 

@@ -1,5 +1,5 @@
-// Small kernels for test_harness.py: each of the faults that the harness must find, and products by the warp
-// instructions in the way that GPUs are used.
+// Small kernels for test_harness.py: each of the faults that the harness must find, products by the warp instructions
+// in the way that GPUs are used, and accesses to count.
 
 #include <cstdio>
 #include <cstdlib>
@@ -82,6 +82,59 @@ void BankKernel(int pitch) {
   LoadMatrix4(words, SharedMemory<Vector16>(0) + i * pitch % kThreads);
 }
 
+// Each lane below `lanes` accesses an Element, `pitch` Elements after that of the lane before.
+enum class Access { kRead, kWrite, kCopy, kLoadMatrix, kLoadGlobal, kAtomicAdd };
+constexpr int kAccessBytes = 16 << 10;
+
+template <class Element>
+void AccessKernel(Access access, int pitch, int lanes, float* memory) {
+  const int i = ThreadIndex();
+  const Shared<Element> shared = SharedMemory<Element>(0) + i * pitch;
+  Element* const global = reinterpret_cast<Element*>(memory) + i * pitch;
+  if (access == Access::kRead || access == Access::kLoadMatrix) {
+    for (int j = i; j < kAccessBytes / 16; j += kWarp) SharedMemory<Vector16>(0)[j] = Vector16{};
+    SyncThreads();
+  }
+  if (access == Access::kLoadMatrix) {
+    uint32_t words[4];
+    LoadMatrix4(words, SharedCast<const Vector16>(Shared<const Element>(shared)));
+  }
+  if (i >= lanes) return;
+  if (access == Access::kRead) static_cast<Element>(*shared);
+  if (access == Access::kWrite) *shared = Element{};
+  if (access == Access::kCopy) {
+    CopyAsync16(SharedCast<Vector16>(shared), global, true);
+    CopyCommit();
+    CopyWait<0>();
+  }
+  if (access == Access::kLoadGlobal) sizeof(Element) == 16 ? (void)LoadGlobal16(global) : (void)LoadGlobal8(global);
+  if (access == Access::kAtomicAdd) AtomicAdd4(reinterpret_cast<float*>(global), {1.0f, 1.0f, 1.0f, 1.0f});
+}
+
+// Copies of rows of 64 bytes by four lanes each.
+void CopyRowsKernel(int pitch, const float* in) {
+  const int i = ThreadIndex();
+  CopyAsync16(SharedMemory<Vector16>(0) + (i / 4 * pitch + i % 4), in + 4 * i, true);
+  CopyCommit();
+  CopyWait<0>();
+}
+
+// What lanes of a warp do not do together are instructions of their own, until they meet again.
+void ApartKernel() {
+  const int i = ThreadIndex();
+  const Shared<float> s = SharedMemory<float>(0);
+  if (i % 2 == 0) {
+    s[i] = 0;
+  } else {
+    s[i] = 1;
+  }
+  SyncWarp();
+  for (int round = 0; round < 3; ++round) {
+    if (round > 0 || i < 8) s[i] = 2;
+    SyncWarp();
+  }
+}
+
 void ShuffleKernel(float* out) {
   const int i = ThreadIndex();
   float sum = static_cast<float>(i);
@@ -160,6 +213,25 @@ bool ProductIsRight(bool transposed) {
   return c == expected;
 }
 
+// Of a warp, for the counts.
+void RunAccess(const std::string& name, int element_bytes, int pitch, int lanes) {
+  alignas(128) static float memory[kAccessBytes / sizeof(float)];
+  const auto run = [&](auto kernel, auto... arguments) { LoadAndLaunch(kernel, 1, kWarp, kAccessBytes, arguments...); };
+  if (name == "rows") return run(CopyRowsKernel, pitch, memory);
+  if (name == "apart") return run(ApartKernel);
+  const auto access = name == "read"     ? Access::kRead
+                      : name == "write"  ? Access::kWrite
+                      : name == "copy"   ? Access::kCopy
+                      : name == "matrix" ? Access::kLoadMatrix
+                      : name == "global" ? Access::kLoadGlobal
+                                         : Access::kAtomicAdd;
+  const auto kernel = element_bytes == 2   ? AccessKernel<BFloat16>
+                      : element_bytes == 4 ? AccessKernel<float>
+                      : element_bytes == 8 ? AccessKernel<Vector8>
+                                           : AccessKernel<Vector16>;
+  run(kernel, access, pitch, lanes, memory);
+}
+
 int Main(const std::string& name) {
   std::vector<float> in(4 * kThreads, 3.0f), out(kThreads);
   const auto exchange = [&](Exchange e, int bytes = kThreads* 4) {
@@ -227,7 +299,11 @@ int Main(const std::string& name) {
 }  // namespace jax_dcn
 
 int main(int count, char** arguments) {
-  if (count != 3) return 2;
+  if (count != 3 && count != 6) return 2;
   jax_dcn::cuda::on_cpu::settings.seed = std::strtoull(arguments[2], nullptr, 10);
+  if (count == 6) {
+    jax_dcn::cuda::RunAccess(arguments[1], std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]));
+    return 0;
+  }
   return jax_dcn::cuda::Main(arguments[1]);
 }

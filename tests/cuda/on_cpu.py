@@ -1,7 +1,14 @@
 """Calls of the CUDA kernels on the CPU: see cuda_on_cpu.cc."""
 
+import fcntl
+import os
+import re
 import struct
 import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +28,21 @@ class Failure(Exception):
     """A program of the harness did not end well."""
 
 
-def execute(program, *arguments, data=b""):
-    done = subprocess.run([program, *map(str, arguments)], input=data, capture_output=True, timeout=900, check=False)
+def build(folder):
+    """Builds the programs of CMakeLists.txt in a folder, unless they are there."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of all the processes of pytest-xdist one builds
+        for command in (
+            ["cmake", "-S", str(Path(__file__).parent), "-B", str(folder)],
+            ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def execute(program, *arguments, data=b"", **environment):
+    command, environment = [program, *map(str, arguments)], {**os.environ, **environment}
+    done = subprocess.run(command, input=data, env=environment, capture_output=True, timeout=900, check=False)
     if done.returncode != 0:
         raise Failure(f"{program} {arguments}: exit status {done.returncode}\n{done.stderr.decode()}")
     return done.stdout
@@ -40,6 +60,7 @@ def run(
     fault=(),
     architecture=900,
     device=0,
+    **environment,
 ):
     """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
     n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
@@ -59,7 +80,7 @@ def run(
     if cotangent is not None:
         inputs.pop("bias", None)
     data = call + b"".join(to_nhwc(inputs[name], name).tobytes() for name in ("grad_y", *OPERANDS) if name in inputs)
-    output = execute(programs / f"cuda_on_cpu_{architecture}", seed, device, *fault, data=data)
+    output = execute(programs / f"cuda_on_cpu_{architecture}", seed, device, *fault, data=data, **environment)
 
     def take(name, like, dtype):
         nonlocal output
@@ -76,3 +97,34 @@ def run(
         for name in OPERANDS
         if name in wanted
     }
+
+
+class SharedAccesses(NamedTuple):
+    instructions: int
+    wavefronts: int
+    least: int  # wavefronts without bank conflicts
+
+
+class GlobalAccesses(NamedTuple):
+    instructions: int
+    lines: int
+    sectors: int
+
+
+def short_name(kernel):
+    """A demangled name without namespaces and parameters."""
+    return re.sub(r"\w+::|^void ", "", kernel).split("(")[0]
+
+
+def counts(function, *arguments, **keywords):
+    """What a call of `run` or `execute` accesses, by kernel, memory and kind: the counts of access_counts.h."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        function(*arguments, **keywords, JAX_DCN_ACCESS_COUNTS=file.name)
+        lines = [line.rstrip().split("\t") for line in file]
+    kernels = defaultdict(lambda: {"shared": {}, "global": {}})
+    for kernel, memory, kind, *numbers in lines:
+        accesses = kernels[short_name(kernel)][memory]
+        type_ = {"shared": SharedAccesses, "global": GlobalAccesses}[memory]
+        before = accesses.get(kind, type_(0, 0, 0))  # of other launches
+        accesses[kind] = type_(*(a + int(b) for a, b in zip(before, numbers, strict=True)))
+    return dict(kernels)

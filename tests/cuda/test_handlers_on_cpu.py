@@ -37,11 +37,13 @@ def handlers(tmp_path_factory):
     module = tmp_path_factory.mktemp("handlers") / "_native_cuda.so"
     includes = [jax.ffi.include_dir(), pybind11.get_include(), sysconfig.get_path("include")]
     command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-attributes", "-DJAX_DCN_CUDA_ON_CPU"]
+    command += ["-fno-omit-frame-pointer"]
     command += [f"-I{TOP / 'tests/cuda'}", "-include", "stream_on_cpu.h"]
     command += [f"-isystem{include}" for include in includes]
     command += ["-xc++", *map(str, sorted((TOP / "csrc/cuda").glob("*.cu")))]
     command += [str(TOP / "csrc/ffi" / name) for name in ("module_cuda.cc", "cuda.cc")]
-    command += [str(TOP / "tests/cuda/device_on_cpu.cc"), "-o", str(module), "-ldl"]
+    command += [str(TOP / "tests/cuda" / name) for name in ("access_counts.cc", "device_on_cpu.cc")]
+    command += ["-o", str(module), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return module

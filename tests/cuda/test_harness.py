@@ -59,3 +59,45 @@ def test_faults_in_the_kernels_are_found(programs, name, backward, mode):
     cotangent = case.cotangent(on_cpu.dtype_of(mode)) if backward else None
     with pytest.raises(on_cpu.Failure, match=message):
         on_cpu.run(programs, case, mode, operands, cotangent, fault=fault)
+
+
+# An access of a warp (what it does, the bytes of an element, the elements from one lane's to the next's, and how many
+# lanes take part) and what is counted of it.
+ACCESSES = {
+    "16_bytes": (("write", 16, 1, 32), "shared", "Write16", (1, 4, 4)),
+    "16_bytes_64_apart": (("write", 16, 4, 32), "shared", "Write16", (1, 16, 4)),
+    "16_bytes_64_apart_8_lanes": (("write", 16, 4, 8), "shared", "Write16", (1, 4, 1)),
+    "16_bytes_64_apart_2_lanes": (("write", 16, 4, 2), "shared", "Write16", (1, 1, 1)),
+    "16_bytes_80_apart": (("write", 16, 5, 32), "shared", "Write16", (1, 4, 4)),
+    "16_bytes_128_apart": (("read", 16, 8, 32), "shared", "Read16", (1, 32, 4)),
+    "16_bytes_of_all": (("read", 16, 0, 32), "shared", "Read16", (1, 4, 4)),
+    "8_bytes": (("write", 8, 1, 32), "shared", "Write8", (1, 2, 2)),
+    "8_bytes_16_apart": (("read", 8, 2, 32), "shared", "Read8", (1, 4, 2)),
+    "4_bytes": (("write", 4, 1, 32), "shared", "Write4", (1, 1, 1)),
+    "4_bytes_8_apart": (("read", 4, 2, 32), "shared", "Read4", (1, 2, 1)),
+    "4_bytes_128_apart": (("write", 4, 32, 32), "shared", "Write4", (1, 32, 1)),
+    "4_bytes_132_apart": (("write", 4, 33, 32), "shared", "Write4", (1, 1, 1)),
+    "4_bytes_of_all": (("read", 4, 0, 32), "shared", "Read4", (1, 1, 1)),
+    "2_bytes": (("write", 2, 1, 32), "shared", "Write2", (1, 1, 1)),
+    "2_bytes_128_apart": (("write", 2, 64, 3), "shared", "Write2", (1, 3, 1)),
+    "matrix": (("matrix", 16, 5, 32), "shared", "LoadMatrix4", (1, 4, 4)),
+    "copy": (("copy", 16, 1, 32), "shared", "CopyAsync16", (1, 4, 4)),
+    "copied_rows_64_apart": (("rows", 16, 4, 32), "shared", "CopyAsync16", (1, 4, 4)),
+    "copied_rows_80_apart": (("rows", 16, 5, 32), "shared", "CopyAsync16", (1, 8, 4)),
+    "copied_rows": (("rows", 16, 5, 32), "global", "CopyAsync16", (1, 4, 16)),
+    "global": (("global", 16, 1, 32), "global", "LoadGlobal16", (1, 4, 16)),
+    "global_128_apart": (("global", 16, 8, 32), "global", "LoadGlobal16", (1, 32, 32)),
+    "global_64_apart": (("global", 8, 8, 32), "global", "LoadGlobal8", (1, 16, 32)),
+    "atomic": (("atomic", 16, 0, 32), "global", "AtomicAdd4", (1, 1, 1)),
+    "atomic_of_8_lanes": (("atomic", 16, 2, 8), "global", "AtomicAdd4", (1, 2, 8)),
+    # Even lanes, odd ones; then eight, and all of them twice.
+    "lanes_apart": (("apart", 4, 1, 32), "shared", "Write4", (5, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ACCESSES)
+def test_accesses_are_counted(programs, name, seed):
+    (kind, *numbers), memory, counted, expected = ACCESSES[name]
+    (kernel,) = on_cpu.counts(on_cpu.execute, programs / "harness_test", kind, seed, *numbers).values()
+    assert kernel[memory][counted] == expected
