@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import struct
 import subprocess
 import tempfile
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from cuda_counts import short_name
 from support.cases import OPERANDS
 from support.formats import to_nchw, to_nhwc
 
@@ -109,11 +109,6 @@ class GlobalAccesses(NamedTuple):
     instructions: int
     lines: int
     sectors: int
-
-
-def short_name(kernel):
-    """A demangled name without namespaces and parameters."""
-    return re.sub(r"\w+::|^void ", "", kernel).split("(")[0]
 
 
 def counts(function, *arguments, **keywords):

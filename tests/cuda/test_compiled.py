@@ -1,14 +1,7 @@
 """What the compiler made of the CUDA kernels: needs nvcc, and nvdisasm of the package nvidia-cuda-nvdisasm, no GPU."""
 
-import re
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-
+import cuda_counts
 import pytest
-
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
 # The tensor core instruction of each operand type, which is a template argument of the kernels.
 INSTRUCTIONS = {
@@ -21,47 +14,21 @@ KERNELS = ("ForwardKernel", "GradSamplesKernel", "GradXInOrderKernel", "GradWeig
 SMALL = "SmallGroups"  # in the names of kernels that take no tensor cores
 
 
-def find_nvdisasm():
-    packaged = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm")
-    return shutil.which("nvdisasm") or next(map(str, packaged), None)
-
-
-def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def compile_for(architecture):
+    try:
+        return cuda_counts.compiled(architecture)
+    except cuda_counts.ToolMissing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def compiled(request, tmp_path_factory):
-    return compile_for(request.param, tmp_path_factory)
+def compiled(request):
+    return compile_for(request.param)
 
 
 @pytest.fixture(scope="module")
-def turing(tmp_path_factory):
-    return compile_for("sm_75", tmp_path_factory)
-
-
-def compile_for(architecture, tmp_path_factory):
-    """The kernels by mangled name: ptxas's report and the machine code."""
-    nvcc, nvdisasm = shutil.which("nvcc"), find_nvdisasm()
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    if nvdisasm is None:
-        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    kernels = {}
-    for source in SOURCES.glob("*.cu"):
-        cubin = tmp_path_factory.mktemp(architecture) / "kernels.cubin"
-        report = run(nvcc, "-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas=-v", source, "-o", cubin)
-        kernels |= parse(report, run(nvdisasm, "-c", cubin))
-    return kernels
-
-
-def parse(report, disassembly):
-    code = re.split(r"\.section\s+\.text\.(\w+)", disassembly)
-    code = dict(zip(code[1::2], code[2::2], strict=True))
-    properties = re.findall(r"entry function '(\w+)'(.*?Used \d+ registers)", report, re.DOTALL)
-    return {name: (text, code[name]) for name, text in properties}
+def turing():
+    return compile_for("sm_75")
 
 
 def test_no_spills(compiled):
@@ -93,3 +60,13 @@ def test_turing(turing, kernel):
     for name, (properties, code) in found.items():
         assert " 0 bytes stack frame, 0 bytes spill stores" in properties, name
         assert " HMMA.1688.F32 " in code, name
+
+
+def test_hottest_loops_of_products(compiled):
+    """Each step of a product is in the table's loop, and what comes with it, but nothing of what follows the loop."""
+    for name, (_, code) in compiled.items():
+        if "ForwardKernel" in name and any(operand in name for operand in INSTRUCTIONS):
+            body = cuda_counts.hottest_loops(code)["products"]
+            assert body.count("HMMA") == sum(line.count(" HMMA.") for line in code.splitlines())
+            assert {"LDSM", "LDGSTS", "STS", "LDG", "BAR"} <= set(body)
+            assert "STG" not in body
