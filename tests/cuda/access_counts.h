@@ -1,4 +1,4 @@
-// Counts of the accesses of warps to shared and global memory, and of the time that they take at least.
+// Counts of the accesses of warps to shared and global memory.
 //
 // Of shared memory: instructions; the wavefronts that serve them; and the least wavefronts that can serve as many
 // words. Shared memory has 32 banks of 4 bytes each, and a wavefront reads or writes one word of every bank. Lanes that

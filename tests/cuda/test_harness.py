@@ -73,6 +73,7 @@ ACCESSES = {
     "16_bytes_of_all": (("read", 16, 0, 32), "shared", "Read16", (1, 4, 4)),
     "8_bytes": (("write", 8, 1, 32), "shared", "Write8", (1, 2, 2)),
     "8_bytes_16_apart": (("read", 8, 2, 32), "shared", "Read8", (1, 4, 2)),
+    "8_bytes_of_all": (("read", 8, 0, 32), "shared", "Read8", (1, 2, 2)),
     "4_bytes": (("write", 4, 1, 32), "shared", "Write4", (1, 1, 1)),
     "4_bytes_8_apart": (("read", 4, 2, 32), "shared", "Read4", (1, 2, 1)),
     "4_bytes_128_apart": (("write", 4, 32, 32), "shared", "Write4", (1, 32, 1)),
