@@ -6,7 +6,8 @@
 Needs a GPU; torchvision and deformops take part if they are installed. A timed call computes several times, each time
 on arrays of its own: so launches hardly count, and no input is found in the cache. Several calls are queued and waited
 for once. The calls of a case are timed in turn, round after round, those of the two builds too, each of which has a
-process. What --seconds do not suffice for is left out, and named. Writes results.json and table.md.
+process. What --seconds do not suffice for is left out, and named. Writes results.json and table.md, which judges the
+goals of goals.py.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goals import GOALS, OWN, judged
 from report import caption, listed, markdown, milliseconds, named, ratio, write_files
-from workers import Failure, Worker
-from workloads import DIRECTIONS, WORKLOADS
+from workers import Failure, Worker, ask_all
+from workloads import DIRECTIONS, GPU_WORKLOADS
 
-LISTED = ("r50_c4", "r50_c3", "r50_c5", "r50_c4_s2", "edvr_m", "basicvsrpp", "x101", "bevdepth", "dekr", "train")
+LISTED = ("r50_c4_76", "r50_c4", "r50_c3", "r50_c5", "r50_c4_s2", "edvr_m", "basicvsrpp", "x101", "depthwise")
+LISTED += ("bevdepth", "dekr", "train")
 MODES = ("bfloat16", "float16", "tf32", "float32")
-OWN = "jax_dcn NHWC"
 OTHERS = ("plain convolution", "torchvision", "deformops")
-ALTERNATIVES = (*OTHERS, "jax_dcn NCHW")
+ALTERNATIVES = (*OTHERS, "jax_dcn NCHW", "grad_x", "deterministic grad_x")
 ROUNDS = 7
 
 # Where the host may be what is slow, also measured without command buffers.
@@ -68,11 +70,22 @@ class Build(Worker):
 # --- measuring ---
 
 
+def competitors(name: str, batch: int, direction: str, alternatives: list[str], goals: bool) -> list[str]:
+    """Who takes part: ours in NHWC and the alternatives, with `goals` only those that goals of the case name."""
+    of_case = [goal for goal in GOALS if (goal.case, goal.batch) == (name, batch)]
+    if goals and of_case:
+        named = {competitor for goal in of_case if goal.direction == direction for competitor in goal.competitors}
+        alternatives = [alternative for alternative in alternatives if alternative in named]
+    more = [WITHOUT_COMMAND_BUFFERS] if (name, batch) == HOST_BOUND else []
+    return [OWN, *alternatives, *more]
+
+
 def measure(
     builds: list[Build], name: str, batch: int, backward: bool, mode: str, competitors: list[str]
 ) -> list[dict[str, Any]]:
     """The entries of all builds, with the times of each round. The first build's process measures the others too."""
     entries: list[tuple[Build, list[dict[str, Any]]]] = []
+    ask_all(builds, "take_up", name, batch)  # on the host alone; where it fails, the next request will say so
     for build in builds:
         own = [competitor for competitor in competitors if build is builds[0] or competitor == OWN]
         try:
@@ -124,7 +137,8 @@ def table(measurements: list[dict[str, Any]], baseline: bool) -> str:
         name = m["competitor"] if m["build"] == "this" else m["build"]
         by_key.setdefault(key(m), {})[name] = m
     header = ["case", "batch", "", "dtype", "jax_dcn, ms", "host, ms", "TFLOP/s", "/ conv"]
-    header += ["/ baseline"] * baseline + ["/ torchvision", "/ deformops", "NCHW /", "no graphs /", "error"]
+    header += ["/ baseline"] * baseline + ["/ torchvision", "/ deformops", "NCHW /", "no graphs /"]
+    header += ["deterministic /", "error"]
     rows = []
     for (name, batch, direction, mode), found in by_key.items():
 
@@ -135,12 +149,14 @@ def table(measurements: list[dict[str, Any]], baseline: bool) -> str:
             return ratio(times(OWN), times(competitor))
 
         own = found.get(OWN, {})
-        flop = 2 * dataclasses.replace(WORKLOADS[name], batch=batch).multiply_adds * (3 if direction == "both" else 1)
+        products = 3 if direction == "both" else 1
+        flop = 2 * products * dataclasses.replace(GPU_WORKLOADS[name], batch=batch).multiply_adds
         rate = f"{flop / statistics.median(times(OWN)) / 1e9:.0f}" if times(OWN) else ""
         row = [name, str(batch), direction, mode, milliseconds(times(OWN)) or "FAILED"]
         row += [milliseconds(own.get("host_milliseconds", [])), rate, against("plain convolution")]
         row += [against("baseline")] * baseline + [against("torchvision"), against("deformops")]
         row += [ratio(times(other), times(OWN)) for other in ("jax_dcn NCHW", WITHOUT_COMMAND_BUFFERS)]
+        row.append(ratio(times("deterministic grad_x"), times("grad_x")))
         rows.append([*row, f"{own['error']:.1e}" if "error" in own else ""])
     return markdown(header, rows) if rows else "Nothing was measured."
 
@@ -149,9 +165,11 @@ LEGEND = """Medians of {rounds} rounds. host: until the first call has returned,
 jax_dcn's time, the host is what is slow. TFLOP/s: of the products alone, 2 per multiply-add, three products with the
 backward pass. / conv, / baseline, / torchvision, / deformops: jax_dcn's time, in NHWC, relative to that of cuDNN's
 plain convolution of the same shape through JAX in NHWC, of the other build, of torchvision in NCHW, of deformops'
-Triton kernels in NHWC. NCHW /, no graphs /: of jax_dcn in NCHW, or without XLA's command buffers, relative to it.
-error: of jax_dcn, relative to the largest value, against plain XLA in float32. The others' results are compared too,
-those of torchvision in float16 with those of the coordinates that it rounds to float16."""
+Triton kernels in NHWC; torchvision, which has no bfloat16, computes in float16 there. NCHW /, no graphs /: of jax_dcn
+in NCHW, or without XLA's command buffers, relative to it. deterministic /: of the gradient of x alone, asked to be the
+same bits in every run, relative to that without. error: of jax_dcn, relative to the largest value, against plain XLA in
+float32. The others' results are compared too, those of torchvision in float16 with those of the coordinates that it
+rounds to float16."""
 
 
 def page(report: dict[str, Any]) -> str:
@@ -159,6 +177,7 @@ def page(report: dict[str, Any]) -> str:
     for name, environment in report["builds"].items():
         lines = [environment["card"], environment["gpu"], named(environment["versions"])]
         parts += [f"Build: {name}." if len(report["builds"]) > 1 else "", caption(environment, lines)]
+    parts.append(judged(report["measurements"]))
     parts.append(LEGEND.format(rounds=ROUNDS).replace("\n", " "))
     if report["few_tiles"]:
         parts.append("Of deformops' 40 choices of tiles 5 were tried, as each takes seconds to compile.")
@@ -180,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     def cases(text: str) -> list[tuple[str, int | None]]:
         parts = [part.partition("@") for part in text.split(",")]
         for name, *_ in parts:
-            listed(WORKLOADS)(name)
+            listed(GPU_WORKLOADS)(name)
         return [(name, int(batch) if batch else None) for name, _, batch in parts]
 
     def batches(text: str) -> list[int]:
@@ -194,12 +213,13 @@ def parse_arguments() -> argparse.Namespace:
     default_out = Path(__file__).parent / "results" / "gpu"
     parser.add_argument("--site", type=site, help="folder of the build to measure (default: what Python finds)")
     parser.add_argument("--baseline", type=site, metavar="SITE", help="folder of another build, to compare with")
-    default, every = [(name, None) for name in LISTED], ", ".join(WORKLOADS)
+    default, every = [(name, None) for name in LISTED], ", ".join(GPU_WORKLOADS)
     parser.add_argument("--cases", type=cases, default=default, metavar="NAME[@BATCH],...", help=every)
     parser.add_argument("--batches", type=batches, default=[16, 1], help="of cases without @BATCH")
     parser.add_argument("--directions", type=listed(DIRECTIONS), default=list(DIRECTIONS))
     parser.add_argument("--modes", type=listed(MODES), default=list(MODES))
     parser.add_argument("--alternatives", type=listed(ALTERNATIVES), default=list(ALTERNATIVES), metavar="NAME,...")
+    parser.add_argument("--goals", action="store_true", help="where goals.py has a case, only alternatives it names")
     parser.add_argument("--few-tiles", action="store_true", help="have deformops try 5 of its 40 choices of tiles")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: %(default)s)")
@@ -218,10 +238,11 @@ def main() -> None:
         builds.append(Build("baseline", arguments.baseline, arguments.few_tiles))
     report: dict[str, Any] = {"few_tiles": arguments.few_tiles, "left_out": [], "measurements": []}
     report["under_way"] = None  # what is being measured
-    try:
-        report["builds"] = {build.name: build.ask("environment") for build in builds}
-    except Failure as failure:
-        raise SystemExit(str(failure)) from None
+    environments = ask_all(builds, "environment")
+    for failure in environments:
+        if isinstance(failure, Failure):
+            raise SystemExit(str(failure))
+    report["builds"] = {build.name: environment for build, environment in zip(builds, environments, strict=True)}
     every_batch = [(name, batch) for batch in arguments.batches for name, own in arguments.cases if own is None]
     of_one = [(name, own) for name, own in arguments.cases if own is not None]
     for name, batch in (*of_one, *every_batch):
@@ -230,12 +251,10 @@ def main() -> None:
             if time.perf_counter() - start > arguments.seconds:
                 report["left_out"].append(label)
                 continue
-            competitors = [OWN, *arguments.alternatives]
-            if (name, batch) == HOST_BOUND:
-                competitors.append(WITHOUT_COMMAND_BUFFERS)
+            taking_part = competitors(name, batch, direction, arguments.alternatives, arguments.goals)
             report["under_way"] = label
             write(arguments.out, report)
-            report["measurements"] += measure(builds, name, batch, direction == "both", mode, competitors)
+            report["measurements"] += measure(builds, name, batch, direction == "both", mode, taking_part)
             print(f"{label}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     report["under_way"] = None
     write(arguments.out, report)

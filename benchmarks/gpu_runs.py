@@ -16,12 +16,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax_runs import conv_run, deformable, jax_dcn_run, jax_program, plain_xla
+from jax_runs import conv_run, deformable, deterministic, jax_dcn_run, jax_program, plain_xla
 from report import environment, kernels, versions
 from tasks import Competitor, Results, Run, Task, check
 from torch_runs import torch_run
 from workers import described
-from workloads import DIRECTIONS, WORKLOADS, Arrays, Operands, Workload
+from workloads import DIRECTIONS, GPU_WORKLOADS, Arrays, Operands, Workload
 
 # Largest error, relative to the largest value. 16 bits: the rounding of the result, of which a sum of roundings in the
 # gradients is no more. TF32: operands with 11 bits. float32: a few hundred roundings.
@@ -41,11 +41,18 @@ def without_command_buffers_run(task: Task) -> Run:
     return jax_dcn_run(task, xla_gpu_enable_command_buffer="")
 
 
+def deterministic_run(task: Task) -> Run:
+    with deterministic():
+        return jax_dcn_run(task)
+
+
 def torchvision_run(task: Task) -> Run:
-    """All operands of one dtype, which may not be bfloat16."""
+    """All operands of one dtype: float16 instead of bfloat16, for which it has no kernels."""
     import torch
     from torchvision.ops import deform_conv2d
 
+    if task.dtype == "bfloat16":
+        task = task._replace(dtype="float16")
     torch.backends.cuda.matmul.allow_tf32 = task.precision != "highest"
     sizes = {name: task.workload.sizes[name] for name in ("stride", "padding", "dilation")}
 
@@ -132,8 +139,10 @@ ALL_MODES = tuple(TOLERANCE)
 COMPETITORS = {
     "jax_dcn NHWC": Competitor(jax_dcn_run, ALL_MODES, "NHWC"),
     "plain convolution": Competitor(conv_run, ALL_MODES, "NHWC", deformable=False),
-    "torchvision": Competitor(torchvision_run, ("tf32", "float16", "float32"), packages=("torchvision",)),
+    "torchvision": Competitor(torchvision_run, ALL_MODES, packages=("torchvision",)),
     "jax_dcn NCHW": Competitor(jax_dcn_run, ALL_MODES),
+    "grad_x": Competitor(jax_dcn_run, ALL_MODES, "NHWC", only="x"),
+    "deterministic grad_x": Competitor(deterministic_run, ALL_MODES, "NHWC", only="x"),
     "without command buffers": Competitor(without_command_buffers_run, ALL_MODES, "NHWC"),
     "deformops": Competitor(deformops_run, ("bfloat16", "float16", "float32"), "NHWC", packages=("deformops",)),
 }
@@ -187,7 +196,7 @@ class Measurer:
         if self.at_hand == (name, batch):
             return
         self.at_hand = None  # until everything has been made
-        self.workload = dataclasses.replace(WORKLOADS[name], batch=batch)
+        self.workload = dataclasses.replace(GPU_WORKLOADS[name], batch=batch)
         self.operands = Operands(self.workload.operands())
         self.references: dict[bool, Results] = {}
         self.reference_program = None
@@ -222,7 +231,7 @@ class Measurer:
             entries.append(entry)
             dtype, precision = "float32" if mode == "tf32" else mode, "highest" if mode == "float32" else None
             task = Task(self.workload, backward, dtype, competitor.data_format, self.operands, precision, sets)
-            task = task._replace(few_tiles=self.few_tiles)
+            task = task._replace(few_tiles=self.few_tiles, only=competitor.only)
             try:
                 run = competitor.build(task)
                 if competitor.deformable:
@@ -238,8 +247,8 @@ class Measurer:
 
     def checked(self, run: Run, task: Task, mode: str, label: str) -> float:
         """The largest error of two sets, by two calls, the second of which finds its work space used."""
-        expected = self.reference(half=label == "torchvision" and mode == "float16")
-        expected = {name: array for name, array in expected.items() if task.backward or name == "y"}
+        half = label == "torchvision" and mode in ("bfloat16", "float16")
+        expected = task.wanted(self.reference(half))
         loose = bool(COMPETITORS[label].packages) and mode in ("bfloat16", "float16")
         allowed = LOOSE if loose else TOLERANCE[mode]
         return max(check(task.nhwc(run.fetch(run()[i])), expected, allowed, norm=loose) for i in (0, -1))

@@ -36,8 +36,9 @@ def jax_program(
         grad_y = operands.pop("grad_y")
         if not task.backward:
             return {"y": function(**operands)}
-        y, vjp = jax.vjp(lambda operands: function(**operands), operands)
-        return {"y": y, **vjp(grad_y)[0]}
+        variables = operands if task.only is None else {task.only: operands[task.only]}
+        y, vjp = jax.vjp(lambda variables: function(**operands | variables), variables)
+        return task.wanted({"y": y, **vjp(grad_y)[0]})
 
     compiled = jax.jit(lambda sets: [one(operands) for operands in sets]).lower(sets).compile(options)
     if calls_kernels(compiled) != kernels:
@@ -70,13 +71,26 @@ def jax_dcn_run(task: Task, kernels: bool = True, **options: Any) -> Run:
 
 
 @contextlib.contextmanager
-def plain_xla() -> Iterator[None]:
-    """The operator, where it is traced within, is one without kernels."""
-    os.environ["JAX_DCN_IMPLEMENTATION"] = "xla"
+def variable(name: str, value: str) -> Iterator[None]:
+    """The environment has it within."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ["JAX_DCN_IMPLEMENTATION"]
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def plain_xla() -> contextlib.AbstractContextManager[None]:
+    """The operator, where it is traced within, is one without kernels."""
+    return variable("JAX_DCN_IMPLEMENTATION", "xla")
+
+
+def deterministic() -> contextlib.AbstractContextManager[None]:
+    """Of programs lowered within, the kernels are. XLA's own operations are not: it reads its flags once."""
+    return variable("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true")
 
 
 def gather_run(task: Task) -> Run:

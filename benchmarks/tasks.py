@@ -27,6 +27,7 @@ class Task(NamedTuple):
     sets: int = 1  # copies of the operands; a run computes once with each
     threads: int = 1  # of a library that has to be told
     few_tiles: bool = False  # deformops tries some of its tiles only
+    only: str | None = None  # backward: the gradient of this operand alone, without y
 
     @property
     def arrays(self) -> Arrays:
@@ -34,6 +35,13 @@ class Task(NamedTuple):
 
     def nhwc(self, results: Results) -> Results:
         return to_nhwc(results) if self.data_format == "NCHW" else results
+
+    def wanted(self, results: Results) -> Results:
+        """Those of y and all gradients that are the task's."""
+        if self.only is None and self.backward:
+            return results
+        name = self.only if self.backward else "y"
+        return {name: results[name]}
 
 
 class Run(NamedTuple):
@@ -56,10 +64,12 @@ class Competitor(NamedTuple):
     packages: tuple[str, ...] = ()  # that it needs besides JAX
     deformable: bool = True
     backward: bool = True
+    only: str | None = None  # it takes part in the backward pass, for the gradient of this operand alone
     few_threads: bool = True  # else measured with all threads only
 
     def takes_part(self, mode: str, backward: bool) -> bool:
-        return mode in self.modes and (self.backward or not backward) and all(map(installed, self.packages))
+        direction = self.backward if backward else self.only is None
+        return mode in self.modes and direction and all(map(installed, self.packages))
 
 
 # --- checking ---

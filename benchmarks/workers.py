@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,6 +49,19 @@ class Worker:
             self.process.kill()
             self.process.join()
             self.process = None
+
+
+def ask_all(workers: Sequence[Worker], method: str, *arguments: Any) -> list[Any]:
+    """The answers of all, who work at the same time; a Failure in place of one that failed."""
+
+    def answer(worker: Worker) -> Any:
+        try:
+            return worker.ask(method, *arguments)
+        except Failure as failure:
+            return failure
+
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        return list(pool.map(answer, workers))
 
 
 def serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -116,3 +116,10 @@ WORKLOADS = {
     "centernet_b16": Workload("CenterNet R18 neck, training", 16, 64, 64, 64, 64, True),
     "reppoints_p7": Workload("RepPoints, coarsest level: few pixels", 1, 256, 256, 7, 11, False),
 }
+
+# Those of the GPU's benchmark, which has two more: the case that docs/cuda.md reckons with, and its depthwise form.
+GPU_WORKLOADS = {
+    **WORKLOADS,
+    "r50_c4_76": Workload("ResNet-50 DCNv2, c4 of a narrower image", 1, 256, 256, 50, 76, True),
+    "depthwise": Workload("none in particular: depthwise", 1, 256, 256, 50, 76, True, groups=256),
+}

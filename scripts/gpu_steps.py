@@ -402,7 +402,7 @@ def ncu(machine: Machine) -> Result:
     profiler, log, table = machine.tool("ncu"), machine.out / "ncu.txt", machine.scratch / "ncu.csv"
     code = (
         f"import sys, dataclasses; sys.path.insert(0, {str(TOP / 'benchmarks')!r}); import gpu_runs as g; "
-        "workload = dataclasses.replace(g.WORKLOADS['r50_c4'], batch=16); "
+        "workload = dataclasses.replace(g.GPU_WORKLOADS['r50_c4'], batch=16); "
         "task = g.Task(workload, True, 'bfloat16', 'NHWC', g.Operands(workload.operands())); "
         "run = g.without_command_buffers_run(task); run(); run()"
     )

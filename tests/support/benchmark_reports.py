@@ -16,7 +16,7 @@ ENVIRONMENT = dict(
 
 
 def measurement(competitor, build="this", **more):
-    entry = dict(case="r50_c4", batch=16, direction="both", mode="bfloat16", competitor=competitor, build=build)
+    entry = dict(case="r50_c4_76", batch=16, direction="both", mode="bfloat16", competitor=competitor, build=build)
     return entry | more
 
 
