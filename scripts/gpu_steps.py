@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import goals
 from gpu import own_failures
 from gpu_smoke import CHECKS, MODES, to_report
 from report import markdown
@@ -27,6 +28,9 @@ TOP = Path(__file__).resolve().parents[1]
 
 # What the steps leave, beside summary.md.
 FILES = ("headline.json", "cases.json", "smoke.txt", "benchmark.txt", "tests.txt", "sanitizer.txt", "ncu.txt")
+
+# Of benchmarks/workloads.py.
+HEADLINE = "r50_c4_76"
 
 # Without a wheel; in place of the limit of "install".
 BUILD_LIMIT = 300
@@ -104,6 +108,7 @@ class Machine:
         self.baseline = scratch / "baseline" if arguments.baseline else None
         self.deadline = 0.0  # of the step
         self.environment: dict[str, Any] | None = None
+        self.measurements: list[dict[str, Any]] = []
         self.variables = {
             **os.environ,
             # Nothing may fall back to the CPU unseen.
@@ -117,6 +122,10 @@ class Machine:
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    def goals(self) -> str:
+        """What came of them, as far as the steps have measured."""
+        return goals.judged(self.measurements) if self.measurements else ""
 
     def run(self, command: list[Any], log: Path, **variables: str) -> int:
         """The exit status of a command, whose output is appended to `log`, or Stopped at the step's deadline."""
@@ -263,6 +272,8 @@ def judged(reports: list[dict[str, Any]], wanted: list[tuple[Any, ...]], stopped
 def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> Result:
     log, folder = machine.out / "benchmark.txt", machine.scratch / name
     command = [machine.python, TOP / "benchmarks" / "gpu.py", "--site", machine.site, "--out", folder]
+    if machine.baseline is not None:
+        command += ["--baseline", machine.baseline]
     status = None
     try:
         status = machine.run([*command, *arguments, "--seconds", f"{seconds:.0f}"], log)
@@ -273,7 +284,8 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
     shutil.copyfile(folder / "results.json", machine.out / f"{name}.json")
     report = json.loads((folder / "results.json").read_text())
     page = (folder / "table.md").read_text()
-    page = page[page.index("Medians of") :]  # without the environment, which the summary has
+    page = page[page.index("Medians of") :]  # without the environment and the goals, which the summary has
+    machine.measurements += report["measurements"]
     measured = [m for m in report["measurements"] if "milliseconds" in m]
     failures = own_failures(report)
     text = f"{len(measured)} measured" + f", {len(report['left_out'])} left out" * bool(report["left_out"])
@@ -289,18 +301,17 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
 
 
 def headline(machine: Machine) -> Result:
-    """ResNet's c4, 16 images, in 3 dtypes; also plain convolutions, torchvision and the baseline."""
-    baseline = ["--baseline", str(machine.baseline)] if machine.baseline is not None else []
-    options = ["--cases", "r50_c4", "--batches", "16", "--modes", "bfloat16,float16,tf32", *baseline]
-    options += ["--alternatives", "plain convolution,torchvision,jax_dcn NCHW"]
+    """ResNet's c4, 16 images, in 3 dtypes, beside plain convolutions and torchvision."""
+    options = ["--cases", HEADLINE, "--batches", "16", "--modes", "bfloat16,float16,tf32"]
+    options += ["--alternatives", "plain convolution,torchvision,jax_dcn NCHW,grad_x,deterministic grad_x"]
     return benchmark(machine, "headline", *options, seconds=machine.left() - 15)
 
 
 def cases(machine: Machine) -> Result:
-    """The other cases in bfloat16, one image first, for the host's share; as many as fit."""
-    listed = "r50_c4@1,edvr_m,x101,dekr,train,r50_c3,bevdepth,r50_c5,basicvsrpp,r50_c4_s2"
-    options = ["--cases", listed, "--batches", "16", "--modes", "bfloat16"]
-    options += ["--alternatives", "plain convolution"]
+    """The other cases in bfloat16, those with goals first; as many as fit."""
+    listed = "r50_c4@1,r50_c3,edvr_m,x101,depthwise,r50_c5,dekr,train,bevdepth,basicvsrpp,r50_c4_s2"
+    options = ["--cases", listed, "--batches", "16", "--modes", "bfloat16", "--goals"]
+    options += ["--alternatives", "plain convolution,torchvision"]
     return benchmark(machine, "cases", *options, seconds=machine.left() - 15)
 
 
@@ -402,7 +413,7 @@ def ncu(machine: Machine) -> Result:
     profiler, log, table = machine.tool("ncu"), machine.out / "ncu.txt", machine.scratch / "ncu.csv"
     code = (
         f"import sys, dataclasses; sys.path.insert(0, {str(TOP / 'benchmarks')!r}); import gpu_runs as g; "
-        "workload = dataclasses.replace(g.GPU_WORKLOADS['r50_c4'], batch=16); "
+        f"workload = dataclasses.replace(g.GPU_WORKLOADS[{HEADLINE!r}], batch=16); "
         "task = g.Task(workload, True, 'bfloat16', 'NHWC', g.Operands(workload.operands())); "
         "run = g.without_command_buffers_run(task); run(); run()"
     )
@@ -461,12 +472,12 @@ class Step(NamedTuple):
 
 # In the order of their value.
 STEPS = (
-    Step(install, 40, 20),
+    Step(install, 35, 20),
     Step(smoke, 45, 35),
-    Step(headline, 75, 65),
-    Step(cases, 50, 30),
-    Step(tests, 70, 35),
-    Step(memcheck, 30, 25, required=False),
+    Step(headline, 65, 50),
+    Step(cases, 75, 50),
+    Step(tests, 60, 35),
+    Step(memcheck, 30, 20, required=False),
     Step(racecheck, 20, 0, required=False),
     Step(ncu, 30, 30, required=False),
 )

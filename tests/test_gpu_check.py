@@ -4,12 +4,14 @@ import argparse
 import importlib.machinery
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
+import goals
 import gpu
 import gpu_smoke
 import gpu_steps
@@ -123,7 +125,7 @@ def broken(machine):
 def test_verdicts(machine, steps, expected):
     done = list(gpu_check.outcomes(steps, machine, again=False))
     assert gpu_check.verdict(done) == expected
-    summary = gpu_check.summary(done, None)
+    summary = gpu_check.summary(done, None, machine.goals())
     for outcome in done:
         assert outcome.verdict in summary and outcome.details in summary
     assert ("ZeroDivisionError" in summary) == (steps[0].run is broken)
@@ -460,6 +462,41 @@ def test_wrong_numbers_of_ours_fail_and_others_do_not(machine):
     ours = benchmark_report(measurement(gpu.OWN, mode="float16", failure="ValueError: is off"))
     with pytest.raises(Failed, match="1 of jax_dcn's failed"):
         gpu_steps.headline(benchmarked(machine, ours, 1))
+
+
+def test_the_summary_judges_the_goals_by_both_benchmarks(machine):
+    of_one = [measurement(name, case="r50_c4", batch=1, milliseconds=[1.0]) for name in (gpu.OWN, "torchvision")]
+    for step, report in ((gpu_steps.headline, benchmark_report()), (gpu_steps.cases, benchmark_report(*of_one))):
+        step(benchmarked(machine, report, 0))
+    summary = gpu_check.summary([], None, machine.goals())
+    for row in ("r50_c4_76 .* at most 4 .* met", "r50_c4_76 .* at least 6 .* missed", "r50_c4 .* at least 3 .* missed"):
+        assert re.search(row, summary)
+
+
+def test_the_benchmarks_measure_the_baseline_and_what_goals_are_for(machine, monkeypatch):
+    sites = machine.site, machine.baseline = [machine.scratch / name for name in ("site", "baseline")]
+    for site in sites:
+        (site / "jax_dcn").mkdir(parents=True)
+    measured = set()
+
+    def run(command, log, **options):
+        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+        arguments = gpu.parse_arguments()
+        assert [arguments.site, arguments.baseline] == list(map(str, sites)) and arguments.modes[0] == goals.MODE
+        (default,) = arguments.batches
+        for case, batch in arguments.cases:
+            at = case, batch or default
+            for direction in arguments.directions:
+                names = gpu.competitors(*at, direction, arguments.alternatives, arguments.goals)
+                measured.update((*at, direction, name) for name in names)
+        raise Stopped
+
+    machine.run = run
+    for step in (gpu_steps.headline, gpu_steps.cases):
+        with pytest.raises(Failed, match="the time was over"):
+            step(machine)
+    for goal in goals.GOALS:
+        assert measured >= {(goal.case, goal.batch, goal.direction, name) for name in goal.competitors}
 
 
 # --- the smoke test's processes ---
