@@ -51,15 +51,19 @@ Problem ProblemOf(Geometry g) {
   return Problem(g, kChannelVector<typename A::T>);
 }
 
-// Columns of the tiles that share `total` of them: the widest, which make the fewest samples or loads, unless so few
-// blocks came out that the processors stood idle (an H200 has 132). Half of the widest fit into any device's shared
-// memory.
-template <class T, int kMost, bool kTransposed>
-int TileColumns(int total, int64_t other_blocks, int shared_bytes) {
-  constexpr int64_t kBlocks = 128;
-  int columns = kProductSharedBytes<T, kMost, kTransposed> <= shared_bytes ? kMost : kMost / 2;
-  while (columns > 64 && (total <= columns / 2 || other_blocks * CeilDiv(total, columns) < kBlocks)) columns /= 2;
-  return columns;
+// The processors of an H100 and an H200, of which blocks should make use.
+inline constexpr int64_t kProcessors = 132;
+
+// Columns of the tiles that share `total` of them: the widest that have so many shared bytes, as they make the fewest
+// samples or loads, and no wider than needed. bytes_of(columns as an std::integral_constant).
+template <int kMost, class Function>
+int TileColumns(int total, int shared_bytes, const Function& bytes_of) {
+  if constexpr (kMost > 64) {
+    if (total <= kMost / 2 || bytes_of(std::integral_constant<int, kMost>()) > shared_bytes) {
+      return TileColumns<kMost / 2>(total, shared_bytes, bytes_of);
+    }
+  }
+  return kMost;
 }
 
 // Calls function(the number of columns as an std::integral_constant).

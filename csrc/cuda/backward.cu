@@ -22,7 +22,7 @@ PixelParts PlanParts(int64_t pixels, int64_t stage, int64_t blocks, int64_t byte
   constexpr int64_t kLeastStages = 64;
   constexpr int64_t kMostBytes = 64 << 20;
   // There are as many parts as there may be, even if that of the pixels is rounded up to whole stages.
-  static_assert(kManyPixels >= kWeightBlocks * kWeightBlocks * kLeastStages * kStage<uint16_t>);
+  static_assert(kManyPixels >= kWeightBlocks * kWeightBlocks * kLeastStages * kTransposedStage<uint16_t>);
   const int64_t parts = std::max<int64_t>(
       1, std::min({CeilDiv(pixels, kLeastStages * stage), CeilDiv(kWeightBlocks, blocks), kMostBytes / bytes}));
   const int64_t part_pixels = RoundUp(CeilDiv(pixels, parts), stage);
@@ -34,11 +34,12 @@ WeightParts PlanWeightParts(const Problem& p, int shared_bytes) {
   using T = typename A::T;
   WeightParts w{};
   w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.group_in, kRows));
-  w.columns = TileColumns<T, A::kTransposedColumns, true>(p.group_out, kWeightBlocks, shared_bytes);
+  const auto bytes = [](auto columns) { return kProductSharedBytes<T, columns, true>; };
+  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, shared_bytes, bytes);
   w.column_tiles = static_cast<int>(CeilDiv(p.group_out, w.columns));
   w.parts = 1;
   static_cast<PixelParts&>(w) =
-      PlanParts(p.pixels, kStage<T>, w.blocks(p), w.size(p) * int64_t{sizeof(Accumulation<T>)});
+      PlanParts(p.pixels, kTransposedStage<T>, w.blocks(p), w.size(p) * int64_t{sizeof(Accumulation<T>)});
   return w;
 }
 
@@ -53,7 +54,7 @@ struct BackwardPlan {
         problem(ProblemOf<A>(g)),
         pads_out(!A::kSmallGroups && problem.pads_out()),
         want_samples(wanted.x || wanted.offset || wanted.mask),
-        packed(problem, true, kChannels<T>, kStage<T>),
+        packed(problem, kChannels<T>),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()),
         bias_parts(CeilDiv(problem.pixels, kBiasPixels)) {
@@ -82,7 +83,7 @@ struct BackwardPlan {
   Problem problem;
   bool pads_out;
   bool want_samples;  // gradients of the samples
-  PackedWeight packed;
+  TapWeight<T> packed;
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
   WeightParts weight_parts{};
@@ -129,8 +130,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   }
   if (!plan.want_samples && !wanted.weight) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed, weight,
-                      plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, TapWeight<T>>, plan.packed.vectors + plan.zeros, p,
+                      plan.packed, weight, plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   const int64_t runs = plan.input_pixels * (p.c_in / p.padded_unit);

@@ -1,5 +1,7 @@
 #include "forward.h"
 
+#include <algorithm>
+
 #include "arithmetic.h"
 #include "launcher.h"
 #include "layout.h"
@@ -18,9 +20,7 @@ struct ForwardPlan {
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
-        packed(problem, false,
-               TileColumns<T, A::kColumns, false>(problem.group_out, pixel_tiles * problem.groups, shared_bytes),
-               kStage<T>),
+        packed(problem, SampleOrder(problem, kVector<T>, TableColumns(shared_bytes)), Columns(shared_bytes)),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
     if (A::kSmallGroups) packed.vectors = 0;
@@ -33,12 +33,27 @@ struct ForwardPlan {
   SmallGroups small_groups;
   Problem problem;
   int64_t pixel_tiles;
-  PackedWeight packed;
+  ForwardWeight<T> packed;
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
   Vector16* weights;
   T* padded_x;
   WorkspaceSize size;
+
+ private:
+  // The widest tiles, as they make the fewest samples, unless so few blocks came out that processors stood idle.
+  int Columns(int shared_bytes) const {
+    const auto bytes = [](auto columns) { return ForwardSharedBytes<T, columns>(kTableColumns); };
+    int columns = TileColumns<A::kColumns>(problem.group_out, shared_bytes, bytes);
+    const int64_t others = pixel_tiles * problem.groups;
+    while (columns > 64 && others * CeilDiv(problem.group_out, columns) < kProcessors) columns /= 2;
+    return columns;
+  }
+  // The narrowest tiles leave the least memory where devices have little.
+  static int TableColumns(int shared_bytes) {
+    const int left = shared_bytes - ForwardSharedBytes<T, 64>(0);
+    return std::min(kTableColumns, left / SampleTable<T>::kColumnBytes);
+  }
 };
 
 template <class A>
@@ -52,8 +67,8 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   T* y = static_cast<T*>(arrays.y.data);
   if (p.pixels == 0) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag>, plan.packed.vectors + plan.zeros, p, plan.packed, weight,
-                      plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, ForwardWeight<T>>, plan.packed.vectors + plan.zeros, p,
+                      plan.packed, weight, plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   if (p.pads_in()) {
@@ -67,7 +82,8 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   } else {
     WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
       launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
-                   kProductSharedBytes<T, columns, false>, p, samples, plan.weights, plan.packed.stages, bias, y);
+                   ForwardSharedBytes<T, columns>(plan.packed.order.table_columns()), p, samples, plan.packed,
+                   plan.weights, bias, y);
     });
   }
   return launcher.status();

@@ -7,101 +7,213 @@
 
 #pragma once
 
+#include "layout.h"
 #include "problem.h"
 #include "product.h"
+#include "sample_order.h"
 
 namespace jax_dcn {
 namespace cuda {
 
-// The left operand. Two threads share a pixel: of each stage's four vectors one makes the even and the other the odd
-// ones, so that together they read 32 bytes. Addresses and weights stay in registers until the tap or the deform group
-// changes; the offsets of the next ones are on their way meanwhile.
-template <class T, class Tag>
-class SampleRows {
+// The columns of a table: the taps of a 3 x 3 kernel, or fewer where a block may have no more memory.
+inline constexpr int kTableColumns = 9;
+
+// Located samples in shared memory: in each column, of a tap and a unit of channels, kRows of them.
+template <class T>
+class SampleTable {
  public:
   using Real = Accumulation<T>;
+  static constexpr int kWeightVectors = kCorners * sizeof(Real) / sizeof(Vector16);
+  static constexpr int kCornerBytes = kRows * int{sizeof(int64_t)};
+  static constexpr int kColumnBytes = kRows * kWeightVectors * int{sizeof(Vector16)} + kCornerBytes;
 
-  JAX_DCN_DEVICE SampleRows(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int group)
-      : p_(p),
-        samples_(samples),
-        pixel_(p, first_pixel + ThreadIndex() / 2),
-        first_channel_(group * p.group_in),
-        next_tap_(0),
-        next_channel_(ThreadIndex() % 2 * kVector<T>) {
-    LoadNext();
-  }
+  // From a byte of shared memory on.
+  JAX_DCN_DEVICE explicit SampleTable(int byte) : byte_(byte) {}
 
-  JAX_DCN_DEVICE void Fetch() {
+  // Columns [0, columns) for a window of taps and a segment of channels: the thread's part of them. A barrier must
+  // follow.
+  JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int first_tap,
+                             int first_channel, int units, int columns) {
+    constexpr int kTogether = kThreads / kRows;
+    constexpr int kMost = (kTableColumns + kTogether - 1) / kTogether;
+    const int row = ThreadIndex() % kRows;
+    const OutputPixel pixel(p, first_pixel + row);
+    Displacement<Real> displacement[kMost];
+    // All are loaded before one is stored, as the compiler cannot know that they are apart.
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (left_ == 0) StartNext();
-      vector_[i].Load(corners_, channel_);
-      channel_ += kStep;
-      --left_;
+    for (int i = 0; i < kMost; ++i) {
+      const int column = ThreadIndex() / kRows + i * kTogether;
+      const int channel = first_channel + column % units * p.padded_unit;
+      const bool there = column < columns && channel < p.c_in;  // the last segment may have fewer units
+      const int tap = there ? first_tap + column / units : p.taps;
+      displacement[i].Load(p, samples, pixel.index, p.pixels, tap, channel / p.deform_in);
+    }
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int column = ThreadIndex() / kRows + i * kTogether;
+      if (column >= columns) break;
+      const Sample<Real> sample = displacement[i].Locate(p, pixel, first_tap + column / units);
+      int64_t corner = (pixel.image + sample.index) * p.c_in * (1 << kCorners);
+      Real weight[kCorners];
+      for (int k = 0; k < kCorners; ++k) {
+        if (sample.inside[k]) corner |= 1 << k;
+        weight[k] = sample.inside[k] ? sample.weight[k] * displacement[i].mask : Real(0);
+      }
+      Corner(column)[row] = corner;
+      for (int v = 0; v < kWeightVectors; ++v) {
+        Real part[kVector<Real>];
+        for (int j = 0; j < kVector<Real>; ++j) part[j] = weight[v * kVector<Real> + j];
+        Weight(column)[v * kRows + row] = Pack<Real, Real>(part);
+      }
     }
   }
 
-  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
-    const int thread = ThreadIndex();
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      to[thread / 2 * kRowPitch + thread % 2 + 2 * i] = vector_[i].template Interpolate<Tag>();
+  // Where in x corner 0 is, in its upper bits; bit k says whether corner k is inside the image.
+  JAX_DCN_DEVICE int64_t corner(int column, int row) const { return Corner(column)[row]; }
+  // The weights of the corners, times the mask.
+  JAX_DCN_DEVICE void Weights(int column, int row, Real (&weight)[kCorners]) const {
+    for (int v = 0; v < kWeightVectors; ++v) {
+      Real part[kVector<Real>];
+      Unpack<Real>(Weight(column)[v * kRows + row], part);
+      for (int j = 0; j < kVector<Real>; ++j) weight[v * kVector<Real> + j] = part[j];
     }
   }
 
  private:
-  static constexpr int kOwn = kStageVectors / 2;
-  static constexpr int kStep = 2 * kVector<T>;  // from one of the thread's vectors to the next
-
-  // Loads the displacement at the next tap and channel of the group.
-  JAX_DCN_DEVICE void LoadNext() {
-    if (next_channel_ >= p_.group_in) {
-      next_tap_ += next_channel_ / p_.group_in;
-      next_channel_ %= p_.group_in;
-    }
-    next_deform_group_ = (first_channel_ + next_channel_) / p_.deform_in;
-    displacement_.Load(p_, samples_, pixel_.index, p_.pixels, next_tap_, next_deform_group_);
+  JAX_DCN_DEVICE Shared<int64_t> Corner(int column) const {
+    return SharedMemory<int64_t>(byte_ + column * kColumnBytes);
+  }
+  JAX_DCN_DEVICE Shared<Vector16> Weight(int column) const {
+    return SharedMemory<Vector16>(byte_ + column * kColumnBytes + kCornerBytes);
   }
 
-  // Goes on there, for all vectors of the same tap and deform group.
-  JAX_DCN_DEVICE void StartNext() {
-    corners_.Locate(p_, samples_, pixel_, next_tap_, displacement_);
-    channel_ = first_channel_ + next_channel_;
-    int end = (next_deform_group_ + 1) * p_.deform_in - first_channel_;
-    end = end < p_.group_in ? end : p_.group_in;
-    left_ = (end - next_channel_ + kStep - 1) / kStep;
-    next_channel_ += left_ * kStep;
-    LoadNext();
+  int byte_;
+};
+
+template <class T, int kColumns>
+constexpr int ForwardSharedBytes(int table_columns) {
+  return kProductSharedBytes<T, kColumns, false> + table_columns * SampleTable<T>::kColumnBytes;
+}
+
+// The left operand. Eight threads, each with a vector of the stage, share a pixel: where these are a chunk of channels
+// they read its corners by lines of 128 bytes.
+template <class T, class Tag>
+class SampleRows {
+ public:
+  static constexpr int kRounds = 2;
+
+  // From a stage on, as Next() says. The table begins at a byte of shared memory.
+  JAX_DCN_DEVICE SampleRows(const Problem& p, const Samples<T>& samples, const SampleOrder& order, int table,
+                            int64_t first_pixel, int group, int stage)
+      : p_(p),
+        samples_(samples),
+        order_(order),
+        table_(table),
+        first_pixel_(first_pixel),
+        first_channel_(group * p.group_in),
+        stage_(stage - 1) {}
+
+  JAX_DCN_DEVICE void Next() {
+    ++stage_;
+    position_ += kRowVectors;
+    if (position_ < end_) {
+      Place();
+    } else {
+      const SampleOrder::Place place = order_.At(stage_, Lane());
+      Place(place, end_ == 0 || place.table != order_.At(stage_ - 1, Lane()).table);
+    }
+  }
+
+  JAX_DCN_DEVICE void Fetch(int round) {
+    const int64_t row_stride = int64_t{p_.width} * p_.c_in;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int64_t corner = column_ < 0 ? 0 : table_.corner(column_, Row(round, i));
+      const T* at = samples_.x + ((corner >> kCorners) + channel_);
+      for (int k = 0; k < kCorners; ++k) {
+        // Outside is where zeros are, not only a weight of 0, which would not do for an infinite pixel.
+        const bool inside = (corner >> k & 1) != 0;
+        corner_[i][k] =
+            LoadGlobal16(inside ? at + ((k & 1) * p_.c_in + (k >> 1) * row_stride) : samples_.zeros + channel_);
+      }
+    }
+  }
+
+  JAX_DCN_DEVICE void Store(int round, Shared<Vector16> to) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      Vector16 sample{};
+      if (column_ >= 0) {
+        Accumulation<T> weight[kCorners];
+        table_.Weights(column_, Row(round, i), weight);
+        sample = Interpolate<T, Tag>(corner_[i], weight);
+      }
+      to[RowVector(Row(round, i), Lane())] = sample;
+    }
+  }
+
+ private:
+  static constexpr int kApart = kThreads / kRowVectors;
+  static constexpr int kOwn = kRows / kApart / kRounds;
+
+  static JAX_DCN_DEVICE int Lane() { return ThreadIndex() % kRowVectors; }
+  static JAX_DCN_DEVICE int Row(int round, int i) { return ThreadIndex() / kRowVectors + (round * kOwn + i) * kApart; }
+
+  // Goes on in another chunk, perhaps of a table that is to be filled.
+  JAX_DCN_DEVICE void Place(const SampleOrder::Place& place, bool locate) {
+    position_ = place.position;
+    width_ = place.width;
+    end_ = place.taps * place.width;
+    vector_ = place.vector;
+    const int segment = first_channel_ + place.first_vector * kVector<T>;
+    chunk_ = segment + place.vector * kVector<T>;
+    if (locate) {
+      table_.Locate(p_, samples_, first_pixel_, place.first_tap, segment, order_.units(), place.taps * order_.units());
+      SyncThreads();
+    }
+    Place();
+  }
+
+  // The column and channel of the thread's vectors.
+  JAX_DCN_DEVICE void Place() {
+    const int tap = width_ == kRowVectors ? position_ / kRowVectors : position_ / width_;
+    const int vector = position_ - tap * width_;
+    channel_ = chunk_ + vector * kVector<T>;
+    const int units = order_.units();
+    column_ = units == 1 ? tap : tap * units + (vector_ + vector) / order_.unit;
+    if (position_ >= end_) column_ = -1;
   }
 
   const Problem& p_;
   const Samples<T>& samples_;
-  const OutputPixel pixel_;
+  const SampleOrder& order_;
+  SampleTable<T> table_;
+  const int64_t first_pixel_;
   const int first_channel_;
+  int stage_;
 
-  Corners<T> corners_;
-  int channel_;   // of the next vector
-  int left_ = 0;  // vectors before the next tap or deform group
-  int next_tap_, next_channel_, next_deform_group_;
-  Displacement<Real> displacement_;
-  SampleVector<T> vector_[kOwn];
+  // The chunk: its first channel and, in the segment, vector, its vectors, and those at all taps; and where in these
+  // the thread is.
+  int chunk_, vector_, width_, end_ = 0, position_ = 0;
+  int column_, channel_;  // -1: nothing is there
+  Vector16 corner_[kOwn][kCorners];
 };
 
-// The packed weight is (group, tile of kColumns output channels, stage, output channel of the tile, k of the stage).
 template <class T, class Tag, int kColumns>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
-    ForwardKernel(Problem p, Samples<T> samples, const Vector16* weights, int stages, const T* bias, T* y) {
-  const int tiles = static_cast<int>(CeilDiv(p.group_out, kColumns));
+    ForwardKernel(Problem p, Samples<T> samples, ForwardWeight<T> packed, const Vector16* weights, const T* bias,
+                  T* y) {
   const int block = BlockIndex().x;
-  const int part = block % (tiles * p.groups);  // blocks of the same pixels run at the same time
-  const int64_t first_pixel = static_cast<int64_t>(block / (tiles * p.groups)) * kRows;
-  const int group = part / tiles;
-  const int first_column = part % tiles * kColumns;
+  const int tile = block % (packed.tiles * p.groups);  // blocks of the same pixels run at the same time
+  const int64_t first_pixel = static_cast<int64_t>(block / (packed.tiles * p.groups)) * kRows;
+  const int group = tile / packed.tiles;
+  const int first_column = tile % packed.tiles * kColumns;
 
-  SampleRows<T, Tag> left(p, samples, first_pixel, group);
+  constexpr int kTable = kProductSharedBytes<T, kColumns, false>;
+  SampleRows<T, Tag> left(p, samples, packed.order, kTable, first_pixel, group, 0);
   Product<T, Tag, kColumns> product;
-  const CopyPacked<kColumns> right{weights + int64_t{part} * stages * kColumns * kStageVectors};
-  MultiplyStages<T, kColumns, false>(stages, left, right, product);
+  const CopyPacked<kColumns> right{weights + int64_t{tile} * packed.stages * kColumns * kRowVectors};
+  MultiplyStages<T, kColumns, false>(packed.stages, left, right, product);
 
   const int64_t c_out = int64_t{p.groups} * p.group_out;
   const bool wide = p.group_out % 2 == 0;

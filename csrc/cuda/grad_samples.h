@@ -18,34 +18,49 @@ namespace cuda {
 template <class T>
 inline constexpr int kChannels = sizeof(T) == 8 ? 32 : 64;
 
-// The left operand: the rows of grad_y and the output channels of a group. Threads share them as in SampleRows.
+// The left operand: the rows of grad_y and the output channels of a group. Eight threads share a row.
 template <class T, class Tag>
 class GradRows {
  public:
+  static constexpr int kRounds = 2;
+
   JAX_DCN_DEVICE GradRows(const Problem& p, const T* grad_y, int64_t first_pixel, int group)
-      : out_(p.padded_group_out) {
-    const int64_t pixel = first_pixel + ThreadIndex() / 2;
-    at_ = grad_y + (pixel * p.groups + group) * p.padded_group_out;
-    next_ = pixel < p.pixels ? ThreadIndex() % 2 * kVector<T> : out_;
+      : p_(p), first_pixel_(first_pixel), at_(grad_y + group * p.padded_group_out) {
+    at_ += (first_pixel + ThreadIndex() / kRowVectors) * c_out() + channel_;
   }
 
-  JAX_DCN_DEVICE void Fetch() {
+  JAX_DCN_DEVICE void Next() {
+    channel_ += kStage<T>;
+    at_ += kStage<T>;
+  }
+
+  JAX_DCN_DEVICE void Fetch(int round) {
+#pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      vector_[i] = next_ < out_ ? LoadGlobal16(at_ + next_) : Vector16{};
-      next_ += 2 * kVector<T>;
+      const int row = Row(round, i);
+      const bool there = channel_ < p_.padded_group_out && first_pixel_ + row < p_.pixels;
+      vector_[i] = there ? LoadGlobal16(at_ + (round * kOwn + i) * kApart * c_out()) : Vector16{};
     }
   }
 
-  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
-    const int thread = ThreadIndex();
-    for (int i = 0; i < kOwn; ++i) to[thread / 2 * kRowPitch + thread % 2 + 2 * i] = RoundVector<T, Tag>(vector_[i]);
+  JAX_DCN_DEVICE void Store(int round, Shared<Vector16> to) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      to[RowVector(Row(round, i), ThreadIndex() % kRowVectors)] = RoundVector<T, Tag>(vector_[i]);
+    }
   }
 
  private:
-  static constexpr int kOwn = kStageVectors / 2;
-  const int out_;
+  static constexpr int kApart = kThreads / kRowVectors;
+  static constexpr int kOwn = kRows / kApart / kRounds;
+
+  static JAX_DCN_DEVICE int Row(int round, int i) { return ThreadIndex() / kRowVectors + (round * kOwn + i) * kApart; }
+  JAX_DCN_DEVICE int64_t c_out() const { return int64_t{p_.groups} * p_.padded_group_out; }
+
+  const Problem& p_;
+  const int64_t first_pixel_;
+  int channel_ = ThreadIndex() % kRowVectors * kVector<T> - kStage<T>;  // in the group; Next() comes first
   const T* at_;
-  int next_;
   Vector16 vector_[kOwn];
 };
 
@@ -166,7 +181,7 @@ struct ProductGrads {
                            Shared<Accumulation<T>> grads) const {
     const int64_t parts = ChannelParts<T>(p);
     GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart<T>(p, part).group);
-    const CopyPacked<kChannels<T>> right{weights + (tap * parts + part) * stages * kChannels<T> * kStageVectors};
+    const CopyPacked<kChannels<T>> right{weights + (tap * parts + part) * stages * kChannels<T> * kRowVectors};
     Product<T, Tag, kChannels<T>> product;
     MultiplyStages<T, kChannels<T>, false>(stages, left, right, product);
     SyncThreads();

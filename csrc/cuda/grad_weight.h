@@ -30,6 +30,7 @@ template <class T, class Tag>
 class SampleColumns {
  public:
   using Real = Accumulation<T>;
+  static constexpr int kRounds = 1;
 
   JAX_DCN_DEVICE SampleColumns(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int64_t end, int group,
                                int first_row)
@@ -45,28 +46,30 @@ class SampleColumns {
     LoadDisplacements();
   }
 
-  JAX_DCN_DEVICE void Fetch() {
+  JAX_DCN_DEVICE void Next() {}
+
+  JAX_DCN_DEVICE void Fetch(int) {
     Corners<T> corners;
     for (int i = 0; i < kOwn; ++i) {
       if (i == 0 || !same_) corners.Locate(p_, samples_, pixel_, tap_[i], displacement_[i]);
       vector_[i].Load(corners, channel_[i]);
     }
-    pixel_.Advance(p_, kStage<T>);
+    pixel_.Advance(p_, kTransposedStage<T>);
     LoadDisplacements();
   }
 
-  JAX_DCN_DEVICE void Store(Shared<Vector16> to) const {
+  JAX_DCN_DEVICE void Store(int, Shared<Vector16> to) const {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       to[ThreadIndex() / kPixelThreads * kTransposedPitch<T, kRows> + Vector(i)] =
-          vector_[i].template Interpolate<Tag>();
+          Interpolate<T, Tag>(vector_[i].corner, vector_[i].weight);
     }
   }
 
  private:
   static constexpr int kOwn = 2;
   static constexpr int kPixelThreads = kRows / kVector<T> / kOwn;
-  static_assert(kStage<T> * kPixelThreads == kThreads);
+  static_assert(kTransposedStage<T> * kPixelThreads == kThreads);
 
   static JAX_DCN_DEVICE int Vector(int i) { return ThreadIndex() % kPixelThreads + i * kPixelThreads; }
 
@@ -102,9 +105,9 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
   const auto right = [&](int stage, Shared<Vector16> to) {
     constexpr int kRowVectors = kColumns / kVector<T>;
 #pragma unroll
-    for (int own = 0; own < kStage<T> * kRowVectors / kThreads; ++own) {
+    for (int own = 0; own < kTransposedStage<T> * kRowVectors / kThreads; ++own) {
       const int i = ThreadIndex() + own * kThreads;
-      const int64_t pixel = first_pixel + int64_t{stage} * kStage<T> + i / kRowVectors;
+      const int64_t pixel = first_pixel + int64_t{stage} * kTransposedStage<T> + i / kRowVectors;
       const int out = column_tile * kColumns + i % kRowVectors * kVector<T>;
       const bool there = pixel < end && out < p.padded_group_out;
       const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + out : grad_y;
@@ -113,7 +116,8 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
   };
   SampleColumns<T, Tag> left(p, samples, first_pixel, end, group, row_tile * kRows);
   Product<T, Tag, kColumns, true> product;
-  MultiplyStages<T, kColumns, true>(static_cast<int>(CeilDiv(end - first_pixel, kStage<T>)), left, right, product);
+  MultiplyStages<T, kColumns, true>(static_cast<int>(CeilDiv(end - first_pixel, kTransposedStage<T>)), left, right,
+                                    product);
 
   const int64_t row_size = int64_t{parts.column_tiles} * kColumns;
   Accumulation<T>* to = sums + part * parts.size(p) + (int64_t{group} * parts.row_tiles + row_tile) * kRows * row_size +

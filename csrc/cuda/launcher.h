@@ -2,9 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 #include "kernels.h"
@@ -38,21 +39,23 @@ class CurrentDevice {
   cudaError_t error_;
 };
 
-// Loads a kernel into a device, which is the current one, unless that was done: XLA asks before every execution. A
-// kernel always takes the same shared memory.
+// Loads a kernel into a device, which is the current one, unless that was done, for blocks with no less shared memory:
+// XLA asks before every execution.
 inline cudaError_t LoadOnce(int device, const void* kernel, int shared_bytes) {
   // They live as long as the process, as XLA's threads do.
   static std::mutex& mutex = *new std::mutex;
-  static auto& loaded = *new std::set<std::pair<int, const void*>>;
+  static auto& loaded = *new std::map<std::pair<int, const void*>, int>;  // their shared memory
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (loaded.count({device, kernel}) != 0) return cudaSuccess;
+    const auto found = loaded.find({device, kernel});
+    if (found != loaded.end() && found->second >= shared_bytes) return cudaSuccess;
   }
   // Without the lock, as it may wait for kernels that run.
   const cudaError_t error = Load(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  loaded.insert({device, kernel});
+  int& bytes = loaded[{device, kernel}];
+  bytes = std::max(bytes, shared_bytes);
   return cudaSuccess;
 }
 

@@ -5,29 +5,58 @@
 #include "launcher.h"
 #include "problem.h"
 #include "product.h"
+#include "sample_order.h"
 
 namespace jax_dcn {
 namespace cuda {
 
-// The weight as right operands of products, each (stage, column, k of the stage), with zeros for what is not there:
-//  - forward: (group, tile of output channels); k are taps and channels, columns are output channels;
-//  - by tap: (tap, group, tile of channels); k are output channels, columns are channels.
+// The weight as right operands of products, (batch, group, tile of columns, stage, column, k of the stage), with zeros
+// for what is not there. There are these two.
 struct PackedWeight {
-  bool by_tap;
   int columns, tiles, stages;
   int64_t vectors;  // of the whole
 
-  PackedWeight(const Problem& p, bool by_tap, int columns, int stage)
-      : by_tap(by_tap),
-        columns(columns),
-        tiles(static_cast<int>(CeilDiv(by_tap ? p.group_in : p.group_out, columns))),
-        stages(static_cast<int>(CeilDiv(by_tap ? p.padded_group_out : p.taps * p.group_in, stage))),
-        vectors(int64_t{by_tap ? p.taps : 1} * p.groups * tiles * stages * columns * kStageVectors) {}
+  PackedWeight(const Problem& p, int batches, int all_columns, int columns, int stages)
+      : columns(columns),
+        tiles(static_cast<int>(CeilDiv(all_columns, columns))),
+        stages(stages),
+        vectors(int64_t{batches} * p.groups * tiles * stages * columns * kRowVectors) {}
+
+  // An element of the weight, in its group.
+  struct Element {
+    int tap, channel, out;  // the channel with padding
+  };
+};
+
+// Forward: columns are output channels, k are taps and channels in a SampleOrder.
+template <class T>
+struct ForwardWeight : PackedWeight {
+  SampleOrder order;
+
+  ForwardWeight(const Problem& p, const SampleOrder& order, int columns)
+      : PackedWeight(p, 1, p.group_out, columns, order.stages), order(order) {}
+
+  JAX_DCN_INLINE Element At(int, int column, int stage, int vector, int element) const {
+    const SampleOrder::Place place = order.At(stage, vector);
+    const int channel = (place.first_vector + place.segment_vector()) * kVector<T> + element;
+    return {place.there() ? place.first_tap + place.tap() : order.taps, channel, column};
+  }
+};
+
+// Of the samples' gradients, a batch for each tap: columns are channels, k are output channels.
+template <class T>
+struct TapWeight : PackedWeight {
+  TapWeight(const Problem& p, int columns)
+      : PackedWeight(p, p.taps, p.group_in, columns, static_cast<int>(CeilDiv(p.padded_group_out, kStage<T>))) {}
+
+  JAX_DCN_INLINE Element At(int tap, int column, int stage, int vector, int element) const {
+    return {tap, column, (stage * kRowVectors + vector) * kVector<T> + element};
+  }
 };
 
 // Behind the packed weight it writes `zeros` vectors of zeros.
-template <class T, class Tag>
-JAX_DCN_GLOBAL void PackWeightKernel(Problem p, PackedWeight packed, const T* weight, int zeros, Vector16* to) {
+template <class T, class Tag, class Packed>
+JAX_DCN_GLOBAL void PackWeightKernel(Problem p, Packed packed, const T* weight, int zeros, Vector16* to) {
   int64_t i = GlobalThread();
   if (i >= packed.vectors + zeros) return;
   if (i >= packed.vectors) {
@@ -37,29 +66,27 @@ JAX_DCN_GLOBAL void PackWeightKernel(Problem p, PackedWeight packed, const T* we
   // Threads side by side take columns side by side: in the forward order those are what lies together in the weight.
   const int column = static_cast<int>(i % packed.columns);
   i /= packed.columns;
-  const int vector = static_cast<int>(i % kStageVectors);
-  i /= kStageVectors;
-  const int64_t stage = i;  // of all
-  const int first_k = static_cast<int>(i % packed.stages) * kStage<T> + vector * kVector<T>;
+  const int vector = static_cast<int>(i % kRowVectors);
+  i /= kRowVectors;
+  const int64_t all_stages = i;
+  const int stage = static_cast<int>(i % packed.stages);
   i /= packed.stages;
   const int in_tile = static_cast<int>(i % packed.tiles) * packed.columns + column;
   i /= packed.tiles;
   const int group = static_cast<int>(i % p.groups);
+  const int batch = static_cast<int>(i / p.groups);
   const int64_t group_in = p.group_in / p.padded_unit * p.unit;
   const int64_t c_out = int64_t{p.groups} * p.group_out;
 
   Accumulation<T> values[kVector<T>];
   for (int e = 0; e < kVector<T>; ++e) {
-    const int k = first_k + e;
-    const int tap = packed.by_tap ? static_cast<int>(i / p.groups) : k / p.group_in;
-    const int padded = packed.by_tap ? in_tile : k % p.group_in;
-    const int channel = p.Unpadded(padded);
-    const int out = packed.by_tap ? k : in_tile;
-    const bool there = tap < p.taps && padded < p.group_in && channel >= 0 && out < p.group_out;
+    const PackedWeight::Element at = packed.At(batch, in_tile, stage, vector, e);
+    const int channel = p.Unpadded(at.channel);
+    const bool there = at.tap < p.taps && at.channel < p.group_in && channel >= 0 && at.out < p.group_out;
     values[e] = 0;
-    if (there) values[e] = ToReal(weight[(tap * group_in + channel) * c_out + group * p.group_out + out]);
+    if (there) values[e] = ToReal(weight[(at.tap * group_in + channel) * c_out + group * p.group_out + at.out]);
   }
-  to[(stage * packed.columns + column) * kStageVectors + vector] = Pack<T, Tag>(values);
+  to[(all_stages * packed.columns + column) * kRowVectors + vector] = Pack<T, Tag>(values);
 }
 
 // Pads runs of `unit` channels to runs of `padded`.

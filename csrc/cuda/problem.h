@@ -154,7 +154,24 @@ struct Corners {
   }
 };
 
-// A vector of channels of a sample: the corners as loaded, and their interpolation.
+// A vector of channels of a sample, from the corners as loaded.
+template <class T>
+JAX_DCN_DEVICE void Interpolate(const Vector16 (&corner)[kCorners], const Accumulation<T> (&weight)[kCorners],
+                                Accumulation<T> (&sum)[kVector<T>]) {
+  for (int k = 0; k < kCorners; ++k) {
+    Accumulation<T> value[kVector<T>];
+    Unpack<T>(corner[k], value);
+    for (int i = 0; i < kVector<T>; ++i) sum[i] = k == 0 ? value[i] * weight[k] : sum[i] + value[i] * weight[k];
+  }
+}
+template <class T, class Tag>
+JAX_DCN_DEVICE Vector16 Interpolate(const Vector16 (&corner)[kCorners], const Accumulation<T> (&weight)[kCorners]) {
+  Accumulation<T> sum[kVector<T>];
+  Interpolate<T>(corner, weight, sum);
+  return Pack<T, Tag>(sum);
+}
+
+// The corners of a vector of channels of a sample, and their weights.
 template <class T>
 struct SampleVector {
   using Real = Accumulation<T>;
@@ -166,21 +183,6 @@ struct SampleVector {
       corner[k] = LoadGlobal16(corners.at[k] + channel);
       weight[k] = corners.weight[k];
     }
-  }
-
-  JAX_DCN_DEVICE void Interpolate(Real (&sum)[kVector<T>]) const {
-    for (int k = 0; k < kCorners; ++k) {
-      Real value[kVector<T>];
-      Unpack<T>(corner[k], value);
-      for (int i = 0; i < kVector<T>; ++i) sum[i] = k == 0 ? value[i] * weight[k] : sum[i] + value[i] * weight[k];
-    }
-  }
-
-  template <class Tag>
-  JAX_DCN_DEVICE Vector16 Interpolate() const {
-    Real sum[kVector<T>];
-    Interpolate(sum);
-    return Pack<T, Tag>(sum);
   }
 };
 

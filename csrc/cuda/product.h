@@ -1,7 +1,7 @@
 // A block's product of two matrices, stage by stage of their common dimension k, from shared memory into registers.
 //
-// A stage is 64 bytes of k. Either its operands lie row by row, each row's elements of the stage side by side, or
-// transposed, the elements of a k side by side. The pitches keep the loads of a warp in different banks.
+// Either the operands lie row by row, each row's elements of a stage side by side, or transposed, the elements of a k
+// side by side. Both are laid out so that no access of a warp has bank conflicts.
 
 #pragma once
 
@@ -17,19 +17,24 @@ inline constexpr int kRows = 128;  // of the left operand
 // Of kernels that give each thread an item.
 JAX_DCN_DEVICE int64_t GlobalThread() { return int64_t{BlockIndex().x} * kThreads + ThreadIndex(); }
 
+// A row of a stage is 128 bytes of k, which is as wide as all banks. Its vectors change places by an exclusive or with
+// the row's number: so eight rows' same vector and a row's eight vectors are in different banks.
+inline constexpr int kRowVectors = 8;
 template <class T>
-inline constexpr int kStage = 64 / sizeof(T);  // elements of k
-inline constexpr int kStageVectors = 4;
+inline constexpr int kStage = kRowVectors * kVector<T>;  // elements of k
+JAX_DCN_INLINE int RowVector(int row, int vector) { return row * kRowVectors + (vector ^ row % kRowVectors); }
 
-// In vectors: from row to row (rows 80 bytes apart start in all banks in turn), or transposed, from k to k. Transposed
-// rows of TF32 are read by words: eight of each of four rows, which a pitch of 8 words more than all banks separates.
-inline constexpr int kRowPitch = kStageVectors + 1;
+// A transposed stage is so many k, a pitch apart, in vectors. Those of TF32 are read by words: eight of each of four k,
+// which a pitch of 8 words more than all banks separates.
+template <class T>
+inline constexpr int kTransposedStage = 64 / sizeof(T);
 template <class T, int kColumns>
 inline constexpr int kTransposedPitch = kColumns / kVector<T> + (sizeof(T) == 2 ? 1 : 2);
 
 // The vectors of a stage of an operand of kColumns rows, or columns if transposed.
 template <class T, int kColumns, bool kTransposed>
-inline constexpr int kStageSize = kTransposed ? kStage<T> * kTransposedPitch<T, kColumns> : kColumns * kRowPitch;
+inline constexpr int kStageSize =
+    kTransposed ? kTransposedStage<T> * kTransposedPitch<T, kColumns> : kColumns * kRowVectors;
 
 // On tensor cores. Warps share the result as a grid of rectangles.
 template <class T, class Tag, int kColumns, bool kTransposed>
@@ -45,11 +50,14 @@ class TensorProduct {
     }
   }
 
-  // Adds the product of a stage.
-  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right) {
+  // Adds the product of a part of a stage.
+  template <int kParts>
+  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right, int part) {
+    constexpr int kSteps = (kTransposed ? 2 : 4) / kParts;  // of 32 bytes of k
     const int lane = ThreadIndex() % kWarp;
-#pragma unroll(kTransposed ? kTightUnroll : 2)
-    for (int step = 0; step < 2; ++step) {
+#pragma unroll(kTilesDown* kTilesAcross == 32 ? 1 : kTransposed ? kTightUnroll : kSteps)
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = part * kSteps + i;
       uint32_t a[kTilesDown][4];
       for (int i = 0; i < kTilesDown; ++i) LoadLeft(left, step, FirstRow() + i * 16, lane, a[i]);
 #pragma unroll
@@ -95,7 +103,7 @@ class TensorProduct {
   // The fragment of 16 rows and the step's 32 bytes of k.
   static JAX_DCN_DEVICE void LoadLeft(Shared<const Vector16> left, int step, int row, int lane, uint32_t (&a)[4]) {
     if constexpr (!kTransposed) {
-      LoadMatrix4(a, left + ((row + lane % 16) * kRowPitch + step * 2 + lane / 16));
+      LoadMatrix4(a, left + RowVector(row + lane % 16, step * 2 + lane / 16));
     } else if constexpr (sizeof(T) == 2) {
       const int k = step * 16 + lane / 16 * 8 + lane % 8;
       LoadMatrix4Transposed(a, left + (k * kTransposedPitch<T, kRows> + (row + lane / 8 % 2 * 8) / 8));
@@ -110,7 +118,7 @@ class TensorProduct {
   // rounded.
   static JAX_DCN_DEVICE void LoadRight(Shared<const Vector16> right, int step, int column, int lane, uint32_t (&b)[4]) {
     if constexpr (!kTransposed) {
-      LoadMatrix4(b, right + ((column + lane / 16 * 8 + lane % 8) * kRowPitch + step * 2 + lane / 8 % 2));
+      LoadMatrix4(b, right + RowVector(column + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
     } else if constexpr (sizeof(T) == 2) {
       const int k = step * 16 + lane % 16;
       LoadMatrix4Transposed(b, right + (k * kTransposedPitch<T, kColumns> + (column + lane / 16 * 8) / 8));
@@ -144,12 +152,14 @@ class PlainProduct {
     }
   }
 
-  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right) {
+  template <int kParts>
+  JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right, int part) {
     const int row = ThreadIndex() / kSide;
     const int column = ThreadIndex() % kSide;
     if constexpr (kTransposed) {
+      static_assert(kParts == 1);
 #pragma unroll 4
-      for (int k = 0; k < kStage<T>; ++k) {
+      for (int k = 0; k < kTransposedStage<T>; ++k) {
         Real a[kDown];
         for (int i = 0; i < kDown; ++i) {
           a[i] = Element(left, k * kTransposedPitch<T, kRows> * kVector<T> + row + i * kSide);
@@ -160,13 +170,14 @@ class PlainProduct {
         }
       }
     } else {
+      constexpr int kVectors = kRowVectors / kParts;
 #pragma unroll 1
-      for (int v = 0; v < kStageVectors; ++v) {
+      for (int v = part * kVectors; v < (part + 1) * kVectors; ++v) {
         Real a[kDown][kVector<T>];
-        for (int i = 0; i < kDown; ++i) Unpack<T>(left[(row + i * kSide) * kRowPitch + v], a[i]);
+        for (int i = 0; i < kDown; ++i) Unpack<T>(left[RowVector(row + i * kSide, v)], a[i]);
         for (int j = 0; j < kAcross; ++j) {
           Real b[kVector<T>];
-          Unpack<T>(right[(column + j * kSide) * kRowPitch + v], b);
+          Unpack<T>(right[RowVector(column + j * kSide, v)], b);
           for (int i = 0; i < kDown; ++i) {
             for (int k = 0; k < kVector<T>; ++k) sums_[i][j] += a[i][k] * b[k];
           }
@@ -211,42 +222,54 @@ using Product = std::conditional_t<kOnTensorCores<Tag>, TensorProduct<T, Tag, kC
 
 // --- the loop over the stages ---
 
-// Stages of the right operand in shared memory: one in use and two on their way.
-inline constexpr int kRightStages = 3;
+// Stages of the right operand in shared memory: one in use, and 128 bytes of k on their way.
+template <bool kTransposed>
+inline constexpr int kRightStages = kTransposed ? 3 : 2;
 
 template <class T, int kColumns, bool kTransposed>
 inline constexpr int kProductSharedBytes =
-    (2 * kStageSize<T, kRows, kTransposed> + kRightStages * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
+    (2 * kStageSize<T, kRows, kTransposed> +
+     kRightStages<kTransposed> * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
 
-// Adds the product over all stages. `left` has Fetch(), which loads the thread's part of the next stage into registers,
-// and Store(to), which puts it into shared memory; the loads are on their way during the product of the stage before.
+// Adds the product over all stages. `left` makes the thread's part of a stage of the left operand in
+// Left::kRounds rounds: Next() goes on to the next stage, Fetch(round) loads into registers, and Store(round, to) puts
+// that into shared memory; the loads are on their way during a part of the product of the stage before.
 // copy_right(stage, to) begins the copy of the thread's part of a stage of the right operand.
 template <class T, int kColumns, bool kTransposed, class Product, class Left, class CopyRight>
 JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy_right, Product& product) {
   constexpr int kLeftSize = kStageSize<T, kRows, kTransposed>;
   constexpr int kRightSize = kStageSize<T, kColumns, kTransposed>;
+  constexpr int kAhead = kRightStages<kTransposed> - 1;
   const Shared<Vector16> left_stages = SharedMemory<Vector16>(0);
   const Shared<Vector16> right_stages = left_stages + 2 * kLeftSize;
-  for (int stage = 0; stage < kRightStages - 1; ++stage) {
+  for (int stage = 0; stage < kAhead - 1; ++stage) {
     if (stage < stages) copy_right(stage, right_stages + stage * kRightSize);
     CopyCommit();
   }
-  left.Fetch();
-  left.Store(left_stages);
-  int use = 0;
+  int use = kAhead;
 #pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    // After the barrier all have stored this stage and are done with the one before, whose memory is used again.
-    CopyWait<kRightStages - 2>();
-    SyncThreads();
-    const int done = use == 0 ? kRightStages - 1 : use - 1;
-    if (stage + kRightStages - 1 < stages) copy_right(stage + kRightStages - 1, right_stages + done * kRightSize);
+  for (int stage = -1; stage < stages; ++stage) {  // the first round only prepares
+    if (stage >= 0) {
+      // After the barrier all have stored this stage and are done with the one before, whose memory is used again.
+      CopyWait<kAhead - 1>();
+      SyncThreads();
+    }
+    const int done = use == 0 ? kAhead : use - 1;
+    if (stage + kAhead < stages) copy_right(stage + kAhead, right_stages + done * kRightSize);
     CopyCommit();
-    if (stage + 1 < stages) left.Fetch();
-    SyncWarp();  // Fetch branches, and the product is of whole warps
-    product.Add(left_stages + stage % 2 * kLeftSize, right_stages + use * kRightSize);
-    if (stage + 1 < stages) left.Store(left_stages + (stage + 1) % 2 * kLeftSize);
-    use = use == kRightStages - 1 ? 0 : use + 1;
+    const bool more = stage + 1 < stages;
+    if (more) left.Next();
+#pragma unroll
+    for (int round = 0; round < Left::kRounds; ++round) {
+      if (more) left.Fetch(round);
+      SyncWarp();  // Fetch branches, and the product is of whole warps
+      if (stage >= 0) {
+        product.template Add<Left::kRounds>(left_stages + stage % 2 * kLeftSize, right_stages + use * kRightSize,
+                                            round);
+      }
+      if (more) left.Store(round, left_stages + (stage + 1) % 2 * kLeftSize);
+    }
+    use = use == kAhead ? 0 : use + 1;
   }
   CopyWait<0>();
 }
@@ -257,13 +280,13 @@ struct CopyPacked {
   const Vector16* packed;
 
   JAX_DCN_DEVICE void operator()(int stage, Shared<Vector16> to) const {
-    constexpr int kVectors = kColumns * kStageVectors;
+    constexpr int kApart = kThreads / kRowVectors;
+    static_assert(kColumns % kApart == 0);
+    const int first = ThreadIndex() / kRowVectors;
+    const Vector16* from = packed + (int64_t{stage} * kColumns * kRowVectors + ThreadIndex());
 #pragma unroll
-    for (int own = 0; own * kThreads < kVectors; ++own) {
-      const int i = ThreadIndex() + own * kThreads;
-      if (kVectors % kThreads != 0 && i >= kVectors) break;
-      CopyAsync16(to + (i / kStageVectors * kRowPitch + i % kStageVectors), packed + (int64_t{stage} * kVectors + i),
-                  true);
+    for (int row = 0; row < kColumns; row += kApart) {
+      CopyAsync16(to + RowVector(row + first, ThreadIndex() % kRowVectors), from + row * kRowVectors, true);
     }
   }
 };

@@ -90,7 +90,7 @@ class SampleTiles {
       SampleVector<T> loaded;
       loaded.Load(corners, padded);
       Real values[kVector<T>];
-      loaded.Interpolate(values);
+      Interpolate<T>(loaded.corner, loaded.weight, values);
       for (int i = 0; i < kVector<T>; ++i) {
         const int channel = p.Unpadded(padded + i) - first;
         if (channel >= 0 && channel < count) to[channel] = values[i];
