@@ -55,6 +55,7 @@ struct BackwardPlan {
         pads_out(!A::kSmallGroups && problem.pads_out()),
         want_samples(wanted.x || wanted.offset || wanted.mask),
         packed(problem, kChannels<T>),
+        grad_samples(A::kSmallGroups ? 0 : packed.stages, shared_bytes),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()),
         bias_parts(CeilDiv(problem.pixels, kBiasPixels)) {
@@ -84,6 +85,7 @@ struct BackwardPlan {
   bool pads_out;
   bool want_samples;  // gradients of the samples
   TapWeight<T> packed;
+  GradSamplesMemory<T> grad_samples;
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
   WeightParts weight_parts{};
@@ -151,13 +153,13 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     const auto run = [&](const auto& grads) {
       using Grads = std::decay_t<decltype(grads)>;
       if (in_order) {
-        launcher.Run("GradXInOrder", GradXInOrderKernel<Grads>, g.batch * ChannelParts<T>(p),
-                     GradSamplesMemory<T>::kBytes, p, samples, grads, sums);
+        launcher.Run("GradXInOrder", GradXInOrderKernel<Grads>, g.batch * ChannelParts<T>(p), plan.grad_samples.bytes,
+                     p, plan.grad_samples, samples, grads, sums);
       }
       if (!in_order || wanted.offset || wanted.mask) {
         launcher.Run("GradSamples", GradSamplesKernel<Grads>, CeilDiv(p.pixels, kRows) * p.taps,
-                     GradSamplesMemory<T>::kBytes, p, samples, grads, in_order ? nullptr : sums, arrays.grad_offset,
-                     arrays.grad_mask);
+                     plan.grad_samples.bytes, p, plan.grad_samples, samples, grads, in_order ? nullptr : sums,
+                     arrays.grad_offset, arrays.grad_mask);
       }
     };
     if constexpr (A::kSmallGroups) {

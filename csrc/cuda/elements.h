@@ -99,13 +99,10 @@ JAX_DCN_DEVICE Vector16 Pack(const Accumulation<T> (&from)[kVector<T>]) {
   return vector;
 }
 
-// A vector already of type T, rounded if the products want that.
-template <class T, class Tag>
-JAX_DCN_DEVICE Vector16 RoundVector(Vector16 vector) {
-  if constexpr (std::is_same_v<Tag, TF32>) {
-    for (int i = 0; i < 4; ++i) vector.word[i] = FloatBits(RoundToTF32(BitsFloat(vector.word[i])));
-  }
-  return vector;
+// An operand of products of kind Tag from a word of elements.
+template <class Tag>
+JAX_DCN_DEVICE uint32_t RoundWord(uint32_t word) {
+  return std::is_same_v<Tag, TF32> ? FloatBits(RoundToTF32(BitsFloat(word))) : word;
 }
 
 // Stores adjacent elements, at once if `wide` says that they are aligned.

@@ -52,7 +52,7 @@ struct ForwardPlan {
   // The narrowest tiles leave the least memory where devices have little.
   static int TableColumns(int shared_bytes) {
     const int left = shared_bytes - ForwardSharedBytes<T, 64>(0);
-    return std::min(kTableColumns, left / SampleTable<T>::kColumnBytes);
+    return std::min(kTableColumns, left / SampleTable<T>::kPitch);
   }
 };
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "layout.h"
+#include "located.h"
 #include "problem.h"
 #include "product.h"
 #include "sample_order.h"
@@ -18,22 +19,24 @@ namespace cuda {
 // The columns of a table: the taps of a 3 x 3 kernel, or fewer where a block may have no more memory.
 inline constexpr int kTableColumns = 9;
 
-// Located samples in shared memory: in each column, of a tap and a unit of channels, kRows of them.
+// Located samples by columns, each of a tap and a unit of channels.
 template <class T>
 class SampleTable {
  public:
   using Real = Accumulation<T>;
-  static constexpr int kWeightVectors = kCorners * sizeof(Real) / sizeof(Vector16);
-  static constexpr int kCornerBytes = kRows * int{sizeof(int64_t)};
-  static constexpr int kColumnBytes = kRows * kWeightVectors * int{sizeof(Vector16)} + kCornerBytes;
+  using Column = LocatedSamples<Real>;
+  // From column to column. A vector more than all banks, so that eight threads may read different ones.
+  static constexpr int kPitch = Column::kBytes + int{sizeof(Vector16)};
 
   // From a byte of shared memory on.
   JAX_DCN_DEVICE explicit SampleTable(int byte) : byte_(byte) {}
 
+  JAX_DCN_DEVICE Column column(int i) const { return Column(byte_ + i * kPitch); }
+
   // Columns [0, columns) for a window of taps and a segment of channels: the thread's part of them. A barrier must
   // follow.
   JAX_DCN_DEVICE void Locate(const Problem& p, const Samples<T>& samples, int64_t first_pixel, int first_tap,
-                             int first_channel, int units, int columns) {
+                             int first_channel, int units, int columns) const {
     constexpr int kTogether = kThreads / kRows;
     constexpr int kMost = (kTableColumns + kTogether - 1) / kTogether;
     const int row = ThreadIndex() % kRows;
@@ -42,57 +45,28 @@ class SampleTable {
     // All are loaded before one is stored, as the compiler cannot know that they are apart.
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      const int column = ThreadIndex() / kRows + i * kTogether;
-      const int channel = first_channel + column % units * p.padded_unit;
-      const bool there = column < columns && channel < p.c_in;  // the last segment may have fewer units
-      const int tap = there ? first_tap + column / units : p.taps;
+      const int at = ThreadIndex() / kRows + i * kTogether;
+      const int channel = first_channel + at % units * p.padded_unit;
+      const bool there = at < columns && channel < p.c_in;  // the last segment may have fewer units
+      const int tap = there ? first_tap + at / units : p.taps;
       displacement[i].Load(p, samples, pixel.index, p.pixels, tap, channel / p.deform_in);
     }
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      const int column = ThreadIndex() / kRows + i * kTogether;
-      if (column >= columns) break;
-      const Sample<Real> sample = displacement[i].Locate(p, pixel, first_tap + column / units);
-      int64_t corner = (pixel.image + sample.index) * p.c_in * (1 << kCorners);
-      Real weight[kCorners];
-      for (int k = 0; k < kCorners; ++k) {
-        if (sample.inside[k]) corner |= 1 << k;
-        weight[k] = sample.inside[k] ? sample.weight[k] * displacement[i].mask : Real(0);
-      }
-      Corner(column)[row] = corner;
-      for (int v = 0; v < kWeightVectors; ++v) {
-        Real part[kVector<Real>];
-        for (int j = 0; j < kVector<Real>; ++j) part[j] = weight[v * kVector<Real> + j];
-        Weight(column)[v * kRows + row] = Pack<Real, Real>(part);
-      }
-    }
-  }
-
-  // Where in x corner 0 is, in its upper bits; bit k says whether corner k is inside the image.
-  JAX_DCN_DEVICE int64_t corner(int column, int row) const { return Corner(column)[row]; }
-  // The weights of the corners, times the mask.
-  JAX_DCN_DEVICE void Weights(int column, int row, Real (&weight)[kCorners]) const {
-    for (int v = 0; v < kWeightVectors; ++v) {
-      Real part[kVector<Real>];
-      Unpack<Real>(Weight(column)[v * kRows + row], part);
-      for (int j = 0; j < kVector<Real>; ++j) weight[v * kVector<Real> + j] = part[j];
+      const int at = ThreadIndex() / kRows + i * kTogether;
+      if (at >= columns) break;
+      const Sample<Real> sample = displacement[i].Locate(p, pixel, first_tap + at / units);
+      column(at).Set(row, p, pixel, sample, displacement[i].mask);
     }
   }
 
  private:
-  JAX_DCN_DEVICE Shared<int64_t> Corner(int column) const {
-    return SharedMemory<int64_t>(byte_ + column * kColumnBytes);
-  }
-  JAX_DCN_DEVICE Shared<Vector16> Weight(int column) const {
-    return SharedMemory<Vector16>(byte_ + column * kColumnBytes + kCornerBytes);
-  }
-
   int byte_;
 };
 
 template <class T, int kColumns>
 constexpr int ForwardSharedBytes(int table_columns) {
-  return kProductSharedBytes<T, kColumns, false> + table_columns * SampleTable<T>::kColumnBytes;
+  return kProductSharedBytes<T, kColumns, false> + table_columns * SampleTable<T>::kPitch;
 }
 
 // The left operand. Eight threads, each with a vector of the stage, share a pixel: where these are a chunk of channels
@@ -128,11 +102,11 @@ class SampleRows {
     const int64_t row_stride = int64_t{p_.width} * p_.c_in;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int64_t corner = column_ < 0 ? 0 : table_.corner(column_, Row(round, i));
-      const T* at = samples_.x + ((corner >> kCorners) + channel_);
+      const int64_t corner = column_ < 0 ? 0 : table_.column(column_).corner(Row(round, i));
+      const T* at = samples_.x + ((corner >> Column::kFlags) + channel_);
       for (int k = 0; k < kCorners; ++k) {
         // Outside is where zeros are, not only a weight of 0, which would not do for an infinite pixel.
-        const bool inside = (corner >> k & 1) != 0;
+        const bool inside = Column::Inside(corner, k);
         corner_[i][k] =
             LoadGlobal16(inside ? at + ((k & 1) * p_.c_in + (k >> 1) * row_stride) : samples_.zeros + channel_);
       }
@@ -145,7 +119,7 @@ class SampleRows {
       Vector16 sample{};
       if (column_ >= 0) {
         Accumulation<T> weight[kCorners];
-        table_.Weights(column_, Row(round, i), weight);
+        table_.column(column_).Weights(Row(round, i), weight);
         sample = Interpolate<T, Tag>(corner_[i], weight);
       }
       to[RowVector(Row(round, i), Lane())] = sample;
@@ -153,6 +127,7 @@ class SampleRows {
   }
 
  private:
+  using Column = typename SampleTable<T>::Column;
   static constexpr int kApart = kThreads / kRowVectors;
   static constexpr int kOwn = kRows / kApart / kRounds;
 

@@ -1,12 +1,16 @@
 // The kernels of the gradients of x, offset and mask.
 //
-// GradSamples: a block takes 128 output pixels and a tap. It multiplies grad_y with the weight, some channels at a
-// time, which gives the gradients of its samples, and visits these: it adds to grad_x with atomics, and sums what the
-// gradients of offset and mask need, which it alone writes. Where the order of the sums must not change from run to
-// run, GradXInOrder adds to grad_x instead. Small groups make the gradients of their samples in a way of their own.
+// GradSamples: a block takes 128 output pixels and a tap. It multiplies grad_y, which stays in shared memory, with the
+// weight, some channels at a time, which gives the gradients of its samples, and visits these: it adds to grad_x with
+// atomics, and sums what the gradients of offset and mask need, which it alone writes. Where the order of the sums must
+// not change from run to run, GradXInOrder adds to grad_x instead. Small groups make the gradients of their samples in
+// a way of their own.
 
 #pragma once
 
+#include <algorithm>
+
+#include "located.h"
 #include "problem.h"
 #include "product.h"
 #include "small_groups.h"
@@ -18,96 +22,168 @@ namespace cuda {
 template <class T>
 inline constexpr int kChannels = sizeof(T) == 8 ? 32 : 64;
 
-// The left operand: the rows of grad_y and the output channels of a group. Eight threads share a row.
-template <class T, class Tag>
-class GradRows {
- public:
-  static constexpr int kRounds = 2;
+// The parts that make all channels of a tap.
+template <class T>
+JAX_DCN_INLINE int ChannelParts(const Problem& p) {
+  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels<T>));
+}
 
-  JAX_DCN_DEVICE GradRows(const Problem& p, const T* grad_y, int64_t first_pixel, int group)
-      : p_(p), first_pixel_(first_pixel), at_(grad_y + group * p.padded_group_out) {
-    at_ += (first_pixel + ThreadIndex() / kRowVectors) * c_out() + channel_;
+// The channels of a part.
+template <class T>
+struct ChannelPart {
+  int group, first, end;
+
+  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
+    const int tiles = ChannelParts<T>(p) / p.groups;
+    group = part / tiles;
+    first = group * p.group_in + part % tiles * kChannels<T>;
+    const int group_end = (group + 1) * p.group_in;
+    end = first + kChannels<T> < group_end ? first + kChannels<T> : group_end;
   }
-
-  JAX_DCN_DEVICE void Next() {
-    channel_ += kStage<T>;
-    at_ += kStage<T>;
-  }
-
-  JAX_DCN_DEVICE void Fetch(int round) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int row = Row(round, i);
-      const bool there = channel_ < p_.padded_group_out && first_pixel_ + row < p_.pixels;
-      vector_[i] = there ? LoadGlobal16(at_ + (round * kOwn + i) * kApart * c_out()) : Vector16{};
-    }
-  }
-
-  JAX_DCN_DEVICE void Store(int round, Shared<Vector16> to) const {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      to[RowVector(Row(round, i), ThreadIndex() % kRowVectors)] = RoundVector<T, Tag>(vector_[i]);
-    }
-  }
-
- private:
-  static constexpr int kApart = kThreads / kRowVectors;
-  static constexpr int kOwn = kRows / kApart / kRounds;
-
-  static JAX_DCN_DEVICE int Row(int round, int i) { return ThreadIndex() / kRowVectors + (round * kOwn + i) * kApart; }
-  JAX_DCN_DEVICE int64_t c_out() const { return int64_t{p_.groups} * p_.padded_group_out; }
-
-  const Problem& p_;
-  const int64_t first_pixel_;
-  int channel_ = ThreadIndex() % kRowVectors * kVector<T> - kStage<T>;  // in the group; Next() comes first
-  const T* at_;
-  Vector16 vector_[kOwn];
 };
 
-// kRows located samples, in shared memory, field by field.
+// The gradients of a part's samples: (kRows, kChannels). Four rows' eight floats in a row are in different banks.
 template <class Real>
-class LocatedSamples {
- public:
-  static constexpr int kBytes = kRows * (7 * int{sizeof(Real)} + 8 + 4);
+inline constexpr int kGradPitch = kChannels<Real> + 8;
 
-  JAX_DCN_DEVICE explicit LocatedSamples(int byte)
-      : corner_(SharedMemory<int64_t>(byte)),
-        real_(SharedMemory<Real>(byte + kRows * 8)),
-        flags_(SharedMemory<int>(byte + kRows * (8 + 7 * int{sizeof(Real)}))) {}
+// A block's shared memory. It has `slots` stages of grad_y and as many of the weight: all of a group's, so that grad_y
+// stays there for all products of the block's pixels, if two blocks still fit a processor; else two stages that are
+// filled in turn, or where there is little memory one. The gradients come where the weight was, or where both were.
+template <class T>
+struct GradSamplesMemory {
+  using Real = Accumulation<T>;
+  int slots;
+  bool keeps;
+  int grads, located, sums, bytes;  // where they begin, and the end
 
-  // Locates one, at a tap of a deform group; pixels from `end` on sample nothing. A barrier must follow.
-  template <class T>
-  JAX_DCN_DEVICE void Locate(int row, const Problem& p, const Samples<T>& samples, int64_t index, int64_t end, int tap,
-                             int deform_group) {
-    const OutputPixel pixel(p, index);
-    Displacement<Real> displacement;
-    displacement.Load(p, samples, pixel.index, end, tap, deform_group);
-    const Sample<Real> s = displacement.Locate(p, pixel, tap);
-    const Real mask = displacement.mask;
-    corner_[row] = pixel.image + s.index;
-    int flags = s.valid ? kValid : 0;
-    for (int k = 0; k < kCorners; ++k) {
-      real_[k * kRows + row] = s.weight[k] * mask;
-      flags |= s.inside[k] ? 1 << k : 0;
-    }
-    real_[4 * kRows + row] = s.ly;
-    real_[5 * kRows + row] = s.lx;
-    real_[6 * kRows + row] = mask;
-    flags_[row] = flags;
+  GradSamplesMemory(int stages, int shared_bytes) {
+    // What two blocks of a processor have on any device, if one may have `shared_bytes`: CUDA takes 1 KB for each.
+    const int most = (shared_bytes - (1 << 10)) / 2;
+    *this = GradSamplesMemory(stages, true);
+    for (int fewer = 2; bytes > most && fewer > 0; --fewer) *this = GradSamplesMemory(fewer, false);
   }
 
-  JAX_DCN_DEVICE int64_t corner(int row) const { return corner_[row]; }
-  JAX_DCN_DEVICE Real weight(int k, int row) const { return real_[k * kRows + row]; }  // times the mask
-  JAX_DCN_DEVICE Real ly(int row) const { return real_[4 * kRows + row]; }
-  JAX_DCN_DEVICE Real lx(int row) const { return real_[5 * kRows + row]; }
-  JAX_DCN_DEVICE Real mask(int row) const { return real_[6 * kRows + row]; }
-  JAX_DCN_DEVICE int flags(int row) const { return flags_[row]; }  // bit k: corner k is inside
-  static constexpr int kValid = 1 << kCorners;
+ private:
+  GradSamplesMemory(int slots, bool keeps) : slots(slots), keeps(keeps) {
+    constexpr int kVectorBytes = sizeof(Vector16);
+    const int left = slots * kStageSize<T, kRows, false> * kVectorBytes;
+    const int right = slots * kStageSize<T, kChannels<T>, false> * kVectorBytes;
+    grads = keeps ? left : 0;
+    located = std::max(left + right, grads + kRows * kGradPitch<Real> * int{sizeof(Real)});
+    sums = located + LocatedSamples<Real>::kBytes + 3 * kRows * int{sizeof(Real)};
+    bytes = sums + kRows * kCorners * int{sizeof(Real)};
+  }
+};
+
+// What makes the gradients of a part's samples, in shared memory, by products. A barrier must follow a call, and one
+// stand before the next. The packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of
+// the stage).
+template <class T_, class Tag>
+struct ProductGrads {
+  using T = T_;
+  static constexpr int kVisited = kOnTensorCores<Tag> ? 2 : 1;  // rows at a time, as registers allow
+
+  const T* grad_y;
+  const Vector16* weights;
+  int stages;
+  int64_t kept = -1;  // the pixels and the group whose grad_y is in shared memory
+
+  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>& memory, int64_t first_pixel, int tap, int part,
+                           Shared<Accumulation<T>> grads) {
+    constexpr int kLeftSize = kStageSize<T, kRows, false>;
+    constexpr int kRightSize = kStageSize<T, kChannels<T>, false>;
+    const int group = ChannelPart<T>(p, part).group;
+    const int64_t rows = first_pixel * p.groups + group;
+    const Shared<Vector16> left = SharedMemory<Vector16>(0);
+    const Shared<Vector16> right = left + memory.slots * kLeftSize;
+    const CopyPacked<kChannels<T>> copy_right{weights + (int64_t{tap} * ChannelParts<T>(p) + part) * stages *
+                                                            kChannels<T> * kRowVectors};
+    const bool there = memory.keeps && kept == rows;
+    kept = rows;
+    const auto copy = [&](int stage, int slot) {
+      if (!there) CopyRows(p, first_pixel, group, stage, left + slot * kLeftSize);
+      copy_right(stage, right + slot * kRightSize);
+      CopyCommit();
+    };
+
+    Product<T, Tag, kChannels<T>, false, std::is_same_v<Tag, TF32>> product;
+    for (int stage = 0; stage < (memory.keeps ? stages : 1); ++stage) copy(stage, stage);
+    int slot = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+      if (stage == 0 || !memory.keeps) {
+        CopyWait<0>();
+        SyncThreads();
+      }
+      const int next = slot + 1 < memory.slots ? slot + 1 : 0;
+      const bool more = !memory.keeps && stage + 1 < stages;
+      if (more && next != slot) copy(stage + 1, next);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        product.template Add<2>(left + slot * kLeftSize, right + slot * kRightSize, half);
+      }
+      if (more && next == slot) {
+        SyncThreads();
+        copy(stage + 1, next);
+      }
+      slot = next;
+    }
+    SyncThreads();
+    product.ForEach([&](int row, int column, const auto& values) {
+      const int at = row * kGradPitch<Accumulation<T>> + column;
+      if constexpr (decltype(product)::kRun == 2) {
+        SharedCast<Vector8>(grads)[at / 2] = {{FloatBits(values[0]), FloatBits(values[1])}};
+      } else {
+        grads[at] = values[0];
+      }
+    });
+  }
 
  private:
-  Shared<int64_t> corner_;
-  Shared<Real> real_;
-  Shared<int> flags_;
+  // A stage of grad_y's channels of a group.
+  JAX_DCN_DEVICE void CopyRows(const Problem& p, int64_t first_pixel, int group, int stage, Shared<Vector16> to) const {
+    constexpr int kApart = kThreads / kRowVectors;
+    const int vector = ThreadIndex() % kRowVectors;
+    const int channel = (stage * kRowVectors + vector) * kVector<T>;
+#pragma unroll 1
+    for (int row = ThreadIndex() / kRowVectors; row < kRows; row += kApart) {
+      const int64_t pixel = first_pixel + row;
+      const bool there = pixel < p.pixels && channel < p.padded_group_out;
+      const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + channel : grad_y;
+      CopyAsync16(to + RowVector(row, vector), from, there);
+    }
+  }
+};
+
+// The same for small groups. Each thread makes those of a channel of every so many pixels.
+template <class T_>
+struct SmallGroupsGrads {
+  using T = T_;
+  static constexpr int kVisited = sizeof(T) == 8 ? 1 : 2;
+
+  SmallGroups groups;
+  const T* grad_y;
+  const T* weight;
+
+  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>&, int64_t first_pixel, int tap, int part,
+                           Shared<Accumulation<T>> grads) const {
+    using Real = Accumulation<T>;
+    constexpr int kApart = kThreads / kChannels<T>;
+    const int column = ThreadIndex() % kChannels<T>;
+    const int padded = ChannelPart<T>(p, part).first + column;
+    const int channel = padded < p.c_in ? p.Unpadded(padded) : -1;
+    for (int row = ThreadIndex() / kChannels<T>; row < kRows; row += kApart) {
+      const int64_t pixel = first_pixel + row;
+      Real sum = 0;
+      if (channel >= 0 && pixel < p.pixels) {
+        const int first_out = channel / groups.group_in * groups.group_out;
+        const T* grad = grad_y + pixel * groups.c_out() + first_out;
+        const T* by = weight + groups.Weight(tap, channel % groups.group_in, first_out);
+        for (int out = 0; out < groups.group_out; ++out) sum += ToReal(grad[out]) * ToReal(by[out]);
+      }
+      grads[row * kGradPitch<Real> + column] = sum;
+    }
+  }
 };
 
 // Four channels.
@@ -133,180 +209,185 @@ JAX_DCN_DEVICE void LoadChannels(const T* from, Accumulation<T> (&to)[4]) {
   }
 }
 
-// The gradients of the samples of a product: (kRows, kChannels), after the product in the memory of its operands.
-template <class Real>
-inline constexpr int kGradPitch = kChannels<Real> + kVector<Real>;
-
+// Samples of a block's pixels, located for all that GradSamples needs.
 template <class T>
-struct GradSamplesMemory {
+class LocatedGrads {
+ public:
   using Real = Accumulation<T>;
-  static constexpr int kProduct = kProductSharedBytes<T, kChannels<T>, false>;
-  static constexpr int kGrads = kRows * kGradPitch<Real> * int{sizeof(Real)};
-  static constexpr int kLocated = kProduct > kGrads ? kProduct : kGrads;  // where they begin
-  static constexpr int kSums = kLocated + LocatedSamples<Real>::kBytes;
-  static constexpr int kBytes = kSums + kCorners * kRows * int{sizeof(Real)};
-};
+  using Located = LocatedSamples<Real>;
 
-// The parts that make all channels of a tap.
-template <class T>
-JAX_DCN_INLINE int ChannelParts(const Problem& p) {
-  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels<T>));
-}
+  // From a byte of shared memory on.
+  JAX_DCN_DEVICE explicit LocatedGrads(int byte) : samples(byte), real_(SharedMemory<Real>(byte + Located::kBytes)) {}
 
-// The channels of a part.
-template <class T>
-struct ChannelPart {
-  int group, first, end;
-
-  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
-    const int tiles = ChannelParts<T>(p) / p.groups;
-    group = part / tiles;
-    first = group * p.group_in + part % tiles * kChannels<T>;
-    const int group_end = (group + 1) * p.group_in;
-    end = first + kChannels<T> < group_end ? first + kChannels<T> : group_end;
+  // Locates one, at a tap of a deform group; pixels from `end` on sample nothing. A barrier must follow.
+  JAX_DCN_DEVICE void Locate(int row, const Problem& p, const Samples<T>& from, int64_t index, int64_t end, int tap,
+                             int deform_group) {
+    const OutputPixel pixel(p, index);
+    Displacement<Real> displacement;
+    displacement.Load(p, from, pixel.index, end, tap, deform_group);
+    const Sample<Real> s = displacement.Locate(p, pixel, tap);
+    samples.Set(row, p, pixel, s, displacement.mask);
+    real_[row] = s.ly;
+    real_[kRows + row] = s.lx;
+    real_[2 * kRows + row] = displacement.mask;
   }
+
+  JAX_DCN_DEVICE Real ly(int row) const { return real_[row]; }
+  JAX_DCN_DEVICE Real lx(int row) const { return real_[kRows + row]; }
+  JAX_DCN_DEVICE Real mask(int row) const { return real_[2 * kRows + row]; }
+
+  Located samples;
+
+ private:
+  Shared<Real> real_;
 };
 
-// What makes the gradients of a part's samples, in shared memory, by products. A barrier must follow a call, and one
-// stand before the next. The packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of
-// the stage).
-template <class T_, class Tag>
-struct ProductGrads {
-  using T = T_;
-  const T* grad_y;
-  const Vector16* weights;
-  int stages;
+// The sums over a deform group's channels of gradient times corner value, so far, in shared memory: (row, corner). A
+// warp's rows are its own.
+template <class Real>
+class CornerSums {
+ public:
+  // From a byte of shared memory on. `threads`, two or more, share a row.
+  JAX_DCN_DEVICE CornerSums(int byte, int threads) : byte_(byte), threads_(threads) {}
 
-  JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
-                           Shared<Accumulation<T>> grads) const {
-    const int64_t parts = ChannelParts<T>(p);
-    GradRows<T, Tag> left(p, grad_y, first_pixel, ChannelPart<T>(p, part).group);
-    const CopyPacked<kChannels<T>> right{weights + (tap * parts + part) * stages * kChannels<T> * kRowVectors};
-    Product<T, Tag, kChannels<T>> product;
-    MultiplyStages<T, kChannels<T>, false>(stages, left, right, product);
-    SyncThreads();
-    product.ForEach([&](int row, int column, const auto& values) {
-      for (int i = 0; i < decltype(product)::kRun; ++i) {
-        grads[row * kGradPitch<Accumulation<T>> + column + i] = values[i];
-      }
-    });
+  JAX_DCN_DEVICE void Clear(int row) const {
+    for (int v = 0; v < kVectors; ++v) Row(row)[v] = Vector16{};
   }
-};
 
-// The same for small groups. Each thread makes those of a channel of every so many pixels.
-template <class T_>
-struct SmallGroupsGrads {
-  using T = T_;
-  SmallGroups groups;
-  const T* grad_y;
-  const T* weight;
-
-  JAX_DCN_DEVICE void Make(const Problem& p, int64_t first_pixel, int tap, int part,
-                           Shared<Accumulation<T>> grads) const {
-    using Real = Accumulation<T>;
-    constexpr int kApart = kThreads / kChannels<T>;
-    const int column = ThreadIndex() % kChannels<T>;
-    const int padded = ChannelPart<T>(p, part).first + column;
-    const int channel = padded < p.c_in ? p.Unpadded(padded) : -1;
-    for (int row = ThreadIndex() / kChannels<T>; row < kRows; row += kApart) {
-      const int64_t pixel = first_pixel + row;
-      Real sum = 0;
-      if (channel >= 0 && pixel < p.pixels) {
-        const int first_out = channel / groups.group_in * groups.group_out;
-        const T* grad = grad_y + pixel * groups.c_out() + first_out;
-        const T* by = weight + groups.Weight(tap, channel % groups.group_in, first_out);
-        for (int out = 0; out < groups.group_out; ++out) sum += ToReal(grad[out]) * ToReal(by[out]);
-      }
-      grads[row * kGradPitch<Real> + column] = sum;
+  JAX_DCN_DEVICE void Get(int row, Real (&sum)[kCorners]) const {
+    for (int v = 0; v < kVectors; ++v) {
+      Real part[kVector<Real>];
+      Unpack<Real>(Row(row)[v], part);
+      for (int i = 0; i < kVector<Real>; ++i) sum[v * kVector<Real> + i] = part[i];
     }
   }
+
+  // Adds what the threads of a row have. In each step of the sum over them a thread gives away half of its corners, so
+  // that it takes few shuffles.
+  JAX_DCN_DEVICE void Add(int row, const Real (&own)[kCorners]) const {
+    const int lane = ThreadIndex() % threads_;
+    const int half = threads_ / 2, quarter = threads_ / 4;
+    const bool lower = (lane & half) != 0;  // has corners 2 and 3 from now on
+    const Shared<Real> sums = SharedCast<Real>(Row(row)) + (lower ? 2 : 0);
+    const Real left = (lower ? own[2] : own[0]) + ShuffleXor(lower ? own[0] : own[2], half);
+    const Real right = (lower ? own[3] : own[1]) + ShuffleXor(lower ? own[1] : own[3], half);
+    if (quarter == 0) {
+      sums[0] = sums[0] + left;
+      sums[1] = sums[1] + right;
+      return;
+    }
+    const bool is_right = (lane & quarter) != 0;
+    Real sum = (is_right ? right : left) + ShuffleXor(is_right ? left : right, quarter);
+    for (int lanes = quarter / 2; lanes > 0; lanes /= 2) sum += ShuffleXor(sum, lanes);
+    if (lane % quarter == 0) sums[is_right] = sums[is_right] + sum;
+  }
+
+ private:
+  static constexpr int kVectors = kCorners * sizeof(Real) / sizeof(Vector16);
+  JAX_DCN_DEVICE Shared<Vector16> Row(int row) const {
+    return SharedMemory<Vector16>(byte_ + row * kVectors * int{sizeof(Vector16)});
+  }
+
+  int byte_, threads_;
 };
 
 // grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
 template <class Grads, class T = typename Grads::T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradSamplesKernel(Problem p, Samples<T> samples, Grads make_grads, Accumulation<T>* grad_x, Array grad_offset,
-                      Array grad_mask) {
+    GradSamplesKernel(Problem p, GradSamplesMemory<T> memory, Samples<T> samples, Grads make_grads,
+                      Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
   using Real = Accumulation<T>;
   using Located = LocatedSamples<Real>;
-  // Up to eight threads visit a pixel, each four channels at a time, so that a warp's accesses are of 128 bytes in a
-  // row. They are fewer where that would be more channels than a deform group has.
-  int pixel_threads = 8;
-  while (pixel_threads > 1 && pixel_threads * 4 > p.deform_in) pixel_threads /= 2;
-  const int round_pixels = kThreads / pixel_threads;
+  // As many threads visit a pixel, each with four channels, as a deform group has channels for, up to a part's. A
+  // warp's accesses are then of up to 256 bytes in a row.
+  int pixel_threads = 2;
+  while (pixel_threads * 4 < kChannels<T> && pixel_threads * 4 < p.deform_in) pixel_threads *= 2;
 
-  const int thread = ThreadIndex();
+  const int thread = ThreadIndex(), lane = thread % kWarp;
   const int tap = BlockIndex().x % p.taps;
   const int64_t first_pixel = static_cast<int64_t>(BlockIndex().x / p.taps) * kRows;
   const bool want_sums = grad_offset.data != nullptr || grad_mask.data != nullptr;
   const int parts = ChannelParts<T>(p);
   const int64_t row_stride = int64_t{p.width} * p.c_in;
-  Located located(GradSamplesMemory<T>::kLocated);
-  const Shared<Real> grads = SharedMemory<Real>(0);
+  LocatedGrads<T> located(memory.located);
+  const CornerSums<Real> sums(memory.sums, pixel_threads);
+  const Shared<Real> grads = SharedMemory<Real>(memory.grads);
 
-  // Of gradient times corner value over the channels of a deform group so far: (corner, row). The first thread of a
-  // pixel keeps them, in shared memory, as it has no registers left during a product.
-  const Shared<Real> sums = SharedMemory<Real>(GradSamplesMemory<T>::kSums);
-  const bool keeps_sums = thread % pixel_threads == 0;
-  const auto clear_sums = [&](int row) {
-    for (int k = 0; k < kCorners; ++k) sums[k * kRows + row] = Real(0);
-  };
-  for (int row = thread / pixel_threads; row < kRows && keeps_sums; row += round_pixels) clear_sums(row);
+  // A warp has so many rows, which it visits some at a time; each of its first lanes owns one.
+  constexpr int kWarpRows = kRows / kWarps;
+  const int warp_row = thread / kWarp * kWarpRows;
+  const int round_rows = kWarp / pixel_threads;
+  const int own_row = warp_row + lane;
+  const bool owns_row = lane < kWarpRows;
+  if (owns_row) sums.Clear(own_row);
 
   // Channels [begin, end) lie in one deform group; `first` is that of column 0 of the product.
   const auto visit = [&](int begin, int end, int first) {
-    for (int row = thread / pixel_threads; row < kRows; row += round_pixels) {
-      const int flags = located.flags(row);
-      Real own[kCorners] = {};
-      const int64_t corner = located.corner(row) * p.c_in;
-      for (int c = begin + thread % pixel_threads * 4; c < end && flags != 0; c += pixel_threads * 4) {
-        Real grad[4];
-        for (int i = 0; i < 4; i += kVector<Real>) {
+    constexpr int kTogether = Grads::kVisited;
+    const int c = begin + thread % pixel_threads * 4;
+#pragma unroll 1
+    for (int first_row = 0; first_row < kWarpRows; first_row += kTogether * round_rows) {
+      int64_t corner[kTogether];
+      Real grad[kTogether][4], own[kTogether][kCorners] = {};
+      // All values are loaded before the first addition, which the compiler cannot move them across.
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        const int in_warp = first_row + r * round_rows + lane / pixel_threads;
+        const int row = warp_row + in_warp;
+        corner[r] = c < end && in_warp < kWarpRows ? located.samples.corner(row) : 0;
+        if (!Located::Valid(corner[r])) continue;
+        for (int v = 0; v < 4; v += kVector<Real>) {
           Real part[kVector<Real>];
-          Unpack<Real>(SharedCast<Vector16>(grads)[(row * kGradPitch<Real> + c - first + i) / kVector<Real>], part);
-          for (int j = 0; j < kVector<Real>; ++j) grad[i + j] = part[j];
+          Unpack<Real>(SharedCast<Vector16>(grads)[(row * kGradPitch<Real> + c - first + v) / kVector<Real>], part);
+          for (int i = 0; i < kVector<Real>; ++i) grad[r][v + i] = part[i];
         }
+        if (!want_sums) continue;
+        const T* from = samples.x + ((corner[r] >> Located::kFlags) + c);
         for (int k = 0; k < kCorners; ++k) {
-          const int64_t at = corner + ((k & 1) * p.c_in + (k >> 1) * row_stride) + c;
-          const bool inside = (flags >> k & 1) != 0;
-          if (want_sums) {
-            Real value[4];
-            LoadChannels(inside ? samples.x + at : samples.zeros + c, value);
-            for (int i = 0; i < 4; ++i) own[k] += grad[i] * value[i];
-          }
-          if (grad_x != nullptr && inside) {
-            const Real weight = located.weight(k, row);
-            const Real add[4] = {grad[0] * weight, grad[1] * weight, grad[2] * weight, grad[3] * weight};
-            AtomicAdd4(grad_x + at, add);
-          }
+          const bool inside = Located::Inside(corner[r], k);
+          Real value[4];
+          LoadChannels(inside ? from + ((k & 1) * p.c_in + (k >> 1) * row_stride) : samples.zeros + c, value);
+          for (int i = 0; i < 4; ++i) own[r][k] += grad[r][i] * value[i];
         }
       }
-      if (want_sums) {
-        for (int k = 0; k < kCorners; ++k) {
-          for (int lanes = pixel_threads / 2; lanes > 0; lanes /= 2) own[k] += ShuffleXor(own[k], lanes);
-          if (keeps_sums) sums[k * kRows + row] = sums[k * kRows + row] + own[k];
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        const int in_warp = first_row + r * round_rows + lane / pixel_threads;
+        const int row = warp_row + in_warp;
+        if (grad_x != nullptr && Located::Valid(corner[r])) {
+          Real weight[kCorners];
+          located.samples.Weights(row, weight);
+          Real* to = grad_x + ((corner[r] >> Located::kFlags) + c);
+          for (int k = 0; k < kCorners; ++k) {
+            if (!Located::Inside(corner[r], k)) continue;
+            const Real add[4] = {grad[r][0] * weight[k], grad[r][1] * weight[k], grad[r][2] * weight[k],
+                                 grad[r][3] * weight[k]};
+            AtomicAdd4(to + ((k & 1) * p.c_in + (k >> 1) * row_stride), add);
+          }
         }
+        if (want_sums && in_warp < kWarpRows) sums.Add(row, own[r]);
       }
     }
   };
 
   // Writes the gradients of a deform group's offset and mask, and begins the sums of the next.
   const auto finish = [&](int deform_group) {
-    for (int row = thread / pixel_threads; row < kRows && keeps_sums; row += round_pixels) {
-      if (first_pixel + row >= p.pixels) break;
+    SyncWarp();
+    if (owns_row && first_pixel + own_row < p.pixels) {
       // An invalid sample has no gradient, not even where grad_y is infinite.
-      const bool valid = (located.flags(row) & Located::kValid) != 0;
-      const Real ly = located.ly(row), lx = located.lx(row), mask = located.mask(row);
+      const bool valid = Located::Valid(located.samples.corner(own_row));
+      const Real ly = located.ly(own_row), lx = located.lx(own_row), mask = located.mask(own_row);
       Real corners[kCorners];
-      for (int k = 0; k < kCorners; ++k) corners[k] = sums[k * kRows + row];
-      const int64_t i = ((first_pixel + row) * p.deform_groups + deform_group) * p.taps + tap;
+      sums.Get(own_row, corners);
+      const int64_t i = ((first_pixel + own_row) * p.deform_groups + deform_group) * p.taps + tap;
       if (grad_offset.data != nullptr) {
         StoreElement(grad_offset, 2 * i, valid ? mask * DerivativeY(corners, lx) : Real(0));
         StoreElement(grad_offset, 2 * i + 1, valid ? mask * DerivativeX(corners, ly) : Real(0));
       }
       if (grad_mask.data != nullptr) StoreElement(grad_mask, i, valid ? Interpolate(corners, ly, lx) : Real(0));
-      clear_sums(row);
     }
+    if (owns_row) sums.Clear(own_row);
+    SyncWarp();
   };
 
   int located_group = -1;
@@ -314,7 +395,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   for (int part = 0; part < parts; ++part) {
     const int first = ChannelPart<T>(p, part).first;
     const int end = ChannelPart<T>(p, part).end;
-    make_grads.Make(p, first_pixel, tap, part, grads);
+    make_grads.Make(p, memory, first_pixel, tap, part, grads);
     for (int begin = first; begin < end;) {
       const int deform_group = begin / p.deform_in;
       const int deform_end = (deform_group + 1) * p.deform_in;
@@ -338,7 +419,8 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 // times slower than atomics.
 template <class Grads, class T = typename Grads::T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradXInOrderKernel(Problem p, Samples<T> samples, Grads make_grads, Accumulation<T>* grad_x) {
+    GradXInOrderKernel(Problem p, GradSamplesMemory<T> memory, Samples<T> samples, Grads make_grads,
+                       Accumulation<T>* grad_x) {
   using Real = Accumulation<T>;
   const int parts = ChannelParts<T>(p);
   const int part = BlockIndex().x % parts;
@@ -352,14 +434,14 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   const int first_group = channels.first / p.deform_in;
   const int groups = (channels.end - 1) / p.deform_in - first_group + 1;
   const int located_pixels = kRows / groups;
-  LocatedSamples<Real> located(GradSamplesMemory<T>::kLocated);
-  const Shared<Real> grads = SharedMemory<Real>(0);
+  LocatedGrads<T> located(memory.located);
+  const Shared<Real> grads = SharedMemory<Real>(memory.grads);
 
 #pragma unroll 1
   for (int64_t pixel = first_pixel; pixel < end_pixel; pixel += kRows) {
 #pragma unroll 1
     for (int tap = 0; tap < p.taps; ++tap) {
-      make_grads.Make(p, pixel, tap, part, grads);
+      make_grads.Make(p, memory, pixel, tap, part, grads);
 #pragma unroll 1
       for (int first_row = 0; first_row < kRows; first_row += located_pixels) {
         const int end_row = first_row + located_pixels < kRows ? first_row + located_pixels : kRows;
@@ -370,17 +452,19 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
         SyncThreads();
         for (int row = first_row; row < end_row && channel < channels.end; ++row) {
           const int at = (row - first_row) * groups + channel / p.deform_in - first_group;
-          const int flags = located.flags(at);
+          const int64_t corner = located.samples.corner(at);
+          Real weight[kCorners];
+          located.samples.Weights(at, weight);
           const Real grad = grads[row * kGradPitch<Real> + thread];
-          Real* corner = grad_x + located.corner(at) * p.c_in + channel;
+          Real* to = grad_x + ((corner >> LocatedSamples<Real>::kFlags) + channel);
           // All four are loaded before one is stored, as the compiler cannot know that they are apart.
           Real sum[kCorners];
           for (int k = 0; k < kCorners; ++k) {
-            if ((flags >> k & 1) != 0) sum[k] = corner[(k & 1) * p.c_in + (k >> 1) * row_stride];
+            if (LocatedSamples<Real>::Inside(corner, k)) sum[k] = to[(k & 1) * p.c_in + (k >> 1) * row_stride];
           }
           for (int k = 0; k < kCorners; ++k) {
-            if ((flags >> k & 1) != 0) {
-              corner[(k & 1) * p.c_in + (k >> 1) * row_stride] = sum[k] + grad * located.weight(k, at);
+            if (LocatedSamples<Real>::Inside(corner, k)) {
+              to[(k & 1) * p.c_in + (k >> 1) * row_stride] = sum[k] + grad * weight[k];
             }
           }
         }

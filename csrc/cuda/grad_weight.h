@@ -18,7 +18,7 @@ struct WeightParts : PixelParts {
   int columns, row_tiles, column_tiles;
 
   int64_t blocks(const Problem& p) const { return int64_t{parts} * p.groups * row_tiles * column_tiles; }
-  // Elements of the sums of a part: (group, row, column), padded.
+  // Elements of the sums of a part: (group, tile of rows, tile of columns, row, column), padded.
   JAX_DCN_INLINE int64_t size(const Problem& p) const {
     return int64_t{p.groups} * row_tiles * kRows * column_tiles * columns;
   }
@@ -103,15 +103,15 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t end = first_pixel + parts.part_pixels < p.pixels ? first_pixel + parts.part_pixels : p.pixels;
 
   const auto right = [&](int stage, Shared<Vector16> to) {
-    constexpr int kRowVectors = kColumns / kVector<T>;
+    constexpr int kVectors = kColumns / kVector<T>;
 #pragma unroll
-    for (int own = 0; own < kTransposedStage<T> * kRowVectors / kThreads; ++own) {
+    for (int own = 0; own < kTransposedStage<T> * kVectors / kThreads; ++own) {
       const int i = ThreadIndex() + own * kThreads;
-      const int64_t pixel = first_pixel + int64_t{stage} * kTransposedStage<T> + i / kRowVectors;
-      const int out = column_tile * kColumns + i % kRowVectors * kVector<T>;
+      const int64_t pixel = first_pixel + int64_t{stage} * kTransposedStage<T> + i / kVectors;
+      const int out = column_tile * kColumns + i % kVectors * kVector<T>;
       const bool there = pixel < end && out < p.padded_group_out;
       const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + out : grad_y;
-      CopyAsync16(to + (i / kRowVectors * kTransposedPitch<T, kColumns> + i % kRowVectors), from, there);
+      CopyAsync16(to + (i / kVectors * kTransposedPitch<T, kColumns> + i % kVectors), from, there);
     }
   };
   SampleColumns<T, Tag> left(p, samples, first_pixel, end, group, row_tile * kRows);
@@ -119,11 +119,9 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
   MultiplyStages<T, kColumns, true>(static_cast<int>(CeilDiv(end - first_pixel, kTransposedStage<T>)), left, right,
                                     product);
 
-  const int64_t row_size = int64_t{parts.column_tiles} * kColumns;
-  Accumulation<T>* to = sums + part * parts.size(p) + (int64_t{group} * parts.row_tiles + row_tile) * kRows * row_size +
-                        column_tile * kColumns;
+  Accumulation<T>* to = sums + int64_t{BlockIndex().x} * (kRows * kColumns);
   product.ForEach(
-      [&](int row, int column, const auto& values) { StoreRun(to + row * row_size + column, values, true); });
+      [&](int row, int column, const auto& values) { StoreRun(to + row * kColumns + column, values, true); });
 }
 
 // A thread adds up an element of the weight.
@@ -137,9 +135,10 @@ JAX_DCN_GLOBAL void ReduceWeightKernel(Problem p, WeightParts parts, const Real*
   const int channel = static_cast<int>(i / c_out % group_in);
   const int tap = static_cast<int>(i / c_out / group_in);
   const int row = tap * p.group_in + channel / p.unit * p.padded_unit + channel % p.unit;
-  const Real* from = sums +
-                     (int64_t{out / p.group_out} * parts.row_tiles * kRows + row) * parts.column_tiles * parts.columns +
-                     out % p.group_out;
+  const int column = out % p.group_out;
+  const int64_t tile =
+      (int64_t{out / p.group_out} * parts.row_tiles + row / kRows) * parts.column_tiles + column / parts.columns;
+  const Real* from = sums + (tile * kRows + row % kRows) * parts.columns + column % parts.columns;
   Real sum = 0;
   for (int part = 0; part < parts.parts; ++part) sum += from[part * parts.size(p)];
   grad_weight[i] = sum;

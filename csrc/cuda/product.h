@@ -36,8 +36,9 @@ template <class T, int kColumns, bool kTransposed>
 inline constexpr int kStageSize =
     kTransposed ? kTransposedStage<T> * kTransposedPitch<T, kColumns> : kColumns * kRowVectors;
 
-// On tensor cores. Warps share the result as a grid of rectangles.
-template <class T, class Tag, int kColumns, bool kTransposed>
+// On tensor cores. Warps share the result as a grid of rectangles. The left operand may come as the caller has it, not
+// yet rounded, which transposed right ones always do.
+template <class T, class Tag, int kColumns, bool kTransposed, bool kRoundLeft>
 class TensorProduct {
  public:
   static constexpr int kRun = 2;  // adjacent columns that a thread holds
@@ -104,6 +105,9 @@ class TensorProduct {
   static JAX_DCN_DEVICE void LoadLeft(Shared<const Vector16> left, int step, int row, int lane, uint32_t (&a)[4]) {
     if constexpr (!kTransposed) {
       LoadMatrix4(a, left + RowVector(row + lane % 16, step * 2 + lane / 16));
+      if constexpr (kRoundLeft) {
+        for (uint32_t& word : a) word = RoundWord<Tag>(word);
+      }
     } else if constexpr (sizeof(T) == 2) {
       const int k = step * 16 + lane / 16 * 8 + lane % 8;
       LoadMatrix4Transposed(a, left + (k * kTransposedPitch<T, kRows> + (row + lane / 8 % 2 * 8) / 8));
@@ -114,8 +118,7 @@ class TensorProduct {
     }
   }
 
-  // Those of 16 columns, the first eight in b[0] and b[1]. Transposed ones come as the caller has them, not yet
-  // rounded.
+  // Those of 16 columns, the first eight in b[0] and b[1].
   static JAX_DCN_DEVICE void LoadRight(Shared<const Vector16> right, int step, int column, int lane, uint32_t (&b)[4]) {
     if constexpr (!kTransposed) {
       LoadMatrix4(b, right + RowVector(column + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
@@ -126,7 +129,7 @@ class TensorProduct {
       for (int i = 0; i < 4; ++i) {
         const uint32_t word =
             Word(right, kTransposedPitch<T, kColumns>, step * 8 + i % 2 * 4 + lane % 4, column + i / 2 * 8 + lane / 4);
-        b[i] = FloatBits(RoundToTF32(BitsFloat(word)));
+        b[i] = RoundWord<Tag>(word);
       }
     }
   }
@@ -216,8 +219,8 @@ inline constexpr bool kOnTensorCores =
     std::is_same_v<Tag, Float16> || (!kTuring && (std::is_same_v<Tag, BFloat16> || std::is_same_v<Tag, TF32>));
 
 // The product of operands of type T, of kind Tag.
-template <class T, class Tag, int kColumns, bool kTransposed = false>
-using Product = std::conditional_t<kOnTensorCores<Tag>, TensorProduct<T, Tag, kColumns, kTransposed>,
+template <class T, class Tag, int kColumns, bool kTransposed = false, bool kRoundLeft = false>
+using Product = std::conditional_t<kOnTensorCores<Tag>, TensorProduct<T, Tag, kColumns, kTransposed, kRoundLeft>,
                                    PlainProduct<T, kColumns, kTransposed>>;
 
 // --- the loop over the stages ---
@@ -248,26 +251,26 @@ JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy
   }
   int use = kAhead;
 #pragma unroll 1
-  for (int stage = -1; stage < stages; ++stage) {  // the first round only prepares
-    if (stage >= 0) {
-      // After the barrier all have stored this stage and are done with the one before, whose memory is used again.
+  for (int next = 0; next <= stages; ++next) {  // the stage that is prepared while the one before is multiplied
+    if (next > 0) {
+      // After the barrier all have stored the stage and are done with the one before, whose memory is used again.
       CopyWait<kAhead - 1>();
       SyncThreads();
     }
     const int done = use == 0 ? kAhead : use - 1;
-    if (stage + kAhead < stages) copy_right(stage + kAhead, right_stages + done * kRightSize);
+    const int ahead = next + kAhead - 1;
+    if (ahead < stages) copy_right(ahead, right_stages + done * kRightSize);
     CopyCommit();
-    const bool more = stage + 1 < stages;
-    if (more) left.Next();
+    if (next < stages) left.Next();
 #pragma unroll
     for (int round = 0; round < Left::kRounds; ++round) {
-      if (more) left.Fetch(round);
+      if (next < stages) left.Fetch(round);
       SyncWarp();  // Fetch branches, and the product is of whole warps
-      if (stage >= 0) {
-        product.template Add<Left::kRounds>(left_stages + stage % 2 * kLeftSize, right_stages + use * kRightSize,
+      if (next > 0) {
+        product.template Add<Left::kRounds>(left_stages + (next + 1) % 2 * kLeftSize, right_stages + use * kRightSize,
                                             round);
       }
-      if (more) left.Store(round, left_stages + (stage + 1) % 2 * kLeftSize);
+      if (next < stages) left.Store(round, left_stages + next % 2 * kLeftSize);
     }
     use = use == kAhead ? 0 : use + 1;
   }

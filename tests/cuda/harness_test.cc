@@ -263,7 +263,7 @@ int Main(const std::string& name) {
              ProductIsRight<TF32, float>(false));
   }
   if (name == "launches") {
-    return exchange({}, 100 << 10) == cudaSuccess ||
+    return exchange({}, kMostSharedBytes + 4) == cudaSuccess ||
            LoadAndLaunch(DivergentKernel, dim3(1, 65536), 32, 0, -1) == cudaSuccess ||
            LoadAndLaunch(DivergentKernel, 1, 1056, 0, -1) == cudaSuccess ||
            Launch(DivergentKernel, 1, 32, 8, &device_streams[0], -1) == cudaSuccess ||
