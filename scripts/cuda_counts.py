@@ -3,7 +3,8 @@
 Blocks are those of 256 threads that the registers let a multiprocessor hold. Instructions are counted in the whole
 kernel and, by class, in the loops that should take the most time: of products, which is the loop with the most tensor
 core instructions, or multiply-adds in a kernel without any, and of atomics. Loops are those that hold no other one with
-such instructions. All that stands in a loop counts, also what it branches around, and what it does most times.
+such instructions. "+1" is the loop around it without it, "+2" the one around that, and so on. All that stands in a loop
+counts, also what it branches around, and what it does most times.
 """
 
 from __future__ import annotations
@@ -185,19 +186,28 @@ def loops_of(blocks: list[Block]) -> list[frozenset[int]]:
 
 
 def hottest_loops(code: str) -> dict[str, list[str]]:
-    """The names of the instructions in the loops of products and of atomics, if there are any."""
+    """The names of the instructions in the loops of products and of atomics, if there are any, and around them."""
     blocks = blocks_of(code)
     names = [[name_of(text) for text in block.instructions] for block in blocks]
     loops = loops_of(blocks)
 
-    def hottest(hot: set[str]) -> list[str]:
+    def body(loop: frozenset[int]) -> list[str]:
+        return [name for block in sorted(loop) for name in names[block]]
+
+    def hottest(what: str, hot: set[str]) -> dict[str, list[str]]:
         among = [loop for loop in loops if any(hot & set(names[block]) for block in loop)]
         innermost = [loop for loop in among if not any(other < loop for other in among)]
-        bodies = [[name for block in sorted(loop) for name in names[block]] for loop in innermost]
-        return max(bodies, key=lambda body: sum(name in hot for name in body), default=[])
+        if not innermost:
+            return {}
+        inner = max(innermost, key=lambda loop: sum(name in hot for name in body(loop)))
+        around = sorted((loop for loop in loops if inner < loop), key=len)
+        found = {what: body(inner)}
+        for level, (loop, within) in enumerate(zip(around, [inner, *around], strict=False), 1):
+            found[f"{what} +{level}"] = body(loop - within)
+        return found
 
-    found = {"products": hottest(TENSOR_CORES) or hottest(MULTIPLY_ADDS), "atomics": hottest(ATOMICS)}
-    return {loop: body for loop, body in found.items() if body}
+    products = hottest("products", TENSOR_CORES) or hottest("products", MULTIPLY_ADDS)
+    return products | hottest("atomics", ATOMICS)
 
 
 # --- the table ---

@@ -21,6 +21,7 @@ struct Arithmetic {
   static constexpr int kColumns = sizeof(T) == 8 ? 64 : kPlain ? 128 : 256;
   static constexpr int kTransposedColumns = sizeof(T) == 8 ? 64 : sizeof(T) > 2 ? 128 : 256;
   static constexpr bool kSmallGroups = false;
+  static constexpr bool kBundles = false;
 };
 
 // By the kernels of small_groups.h.
@@ -29,11 +30,44 @@ struct InSmallGroups : A {
   static constexpr bool kSmallGroups = true;
 };
 
-// Calls function(Arithmetic of the type, perhaps InSmallGroups).
+// By the kernels of bundles.h.
+template <class A>
+struct InBundles : A {
+  static constexpr bool kBundles = true;
+};
+
+// The groups of a bundle, or 1 where the other kernels do as well: for groups of other sizes, where there are too few
+// to fill a bundle, and where deform groups are so small that a bundle's samples at a tap fill more columns of their
+// table than any device has.
+template <class T>
+int BundledGroups(const Problem& p) {
+  constexpr int kMostUnits = 4;
+  const int vectors = p.group_in / kVector<T>;
+  if ((vectors != 1 && vectors != 2 && vectors != 4) || p.group_out > p.group_in) return 1;
+  const int count = kRowVectors / vectors;
+  return p.groups >= count && count * p.group_in <= kMostUnits * p.UnitOf(count) ? count : 1;
+}
+
+// The problem as the kernels see it.
+template <class A>
+Problem ProblemOf(Geometry g) {
+  using T = typename A::T;
+  if (A::kSmallGroups) g.groups = 1;
+  Problem p(g, kChannelVector<T>);
+  if (A::kBundles) p.Bundle(BundledGroups<T>(p));
+  return p;
+}
+
+// Calls function(Arithmetic of the type, perhaps InSmallGroups or InBundles).
 template <class Function>
 auto WithArithmetic(const Geometry& g, DType dtype, Precision precision, const Function& function) {
   const auto choose = [&](auto a) {
-    return IsSmallGroup<decltype(a)>(g) ? function(InSmallGroups<decltype(a)>()) : function(a);
+    using A = decltype(a);
+    if (IsSmallGroup<A>(g)) return function(InSmallGroups<A>());
+    if constexpr (!A::kPlain) {
+      if (BundledGroups<typename A::T>(ProblemOf<A>(g)) > 1) return function(InBundles<A>());
+    }
+    return function(a);
   };
   switch (dtype) {
     case DType::kBFloat16: return choose(Arithmetic<BFloat16, BFloat16>());
@@ -42,13 +76,6 @@ auto WithArithmetic(const Geometry& g, DType dtype, Precision precision, const F
     case DType::kFloat32: break;
   }
   return precision == Precision::kHighest ? choose(Arithmetic<float, float>()) : choose(Arithmetic<float, TF32>());
-}
-
-// The problem as the kernels see it.
-template <class A>
-Problem ProblemOf(Geometry g) {
-  if (A::kSmallGroups) g.groups = 1;
-  return Problem(g, kChannelVector<typename A::T>);
 }
 
 // The processors of an H100 and an H200, of which blocks should make use.

@@ -33,10 +33,10 @@ template <class A>
 WeightParts PlanWeightParts(const Problem& p, int shared_bytes) {
   using T = typename A::T;
   WeightParts w{};
-  w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.group_in, kRows));
+  w.row_tiles = static_cast<int>(CeilDiv(int64_t{p.taps} * p.bundle_in, kRows));
   const auto bytes = [](auto columns) { return kProductSharedBytes<T, columns, true>; };
-  w.columns = TileColumns<A::kTransposedColumns>(p.group_out, shared_bytes, bytes);
-  w.column_tiles = static_cast<int>(CeilDiv(p.group_out, w.columns));
+  w.columns = TileColumns<A::kTransposedColumns>(p.bundle_out(), shared_bytes, bytes);
+  w.column_tiles = static_cast<int>(CeilDiv(p.bundle_out(), w.columns));
   w.parts = 1;
   static_cast<PixelParts&>(w) =
       PlanParts(p.pixels, kTransposedStage<T>, w.blocks(p), w.size(p) * int64_t{sizeof(Accumulation<T>)});
@@ -48,13 +48,14 @@ template <class A>
 struct BackwardPlan {
   using T = typename A::T;
   using Real = Accumulation<T>;
+  using Weight = std::conditional_t<A::kBundles, TapBundleWeight<T>, TapWeight<T>>;
 
   BackwardPlan(const Geometry& g, const WantedGradients& wanted, int shared_bytes, void* workspace)
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pads_out(!A::kSmallGroups && problem.pads_out()),
         want_samples(wanted.x || wanted.offset || wanted.mask),
-        packed(problem, kChannels<T>),
+        packed(problem),
         grad_samples(A::kSmallGroups ? 0 : packed.stages, shared_bytes),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()),
@@ -84,7 +85,7 @@ struct BackwardPlan {
   Problem problem;
   bool pads_out;
   bool want_samples;  // gradients of the samples
-  TapWeight<T> packed;
+  Weight packed;
   GradSamplesMemory<T> grad_samples;
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
@@ -132,8 +133,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   }
   if (!plan.want_samples && !wanted.weight) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, TapWeight<T>>, plan.packed.vectors + plan.zeros, p,
-                      plan.packed, weight, plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, typename BackwardPlan<A>::Weight>,
+                      plan.packed.vectors + plan.zeros, p, plan.packed, weight, plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   const int64_t runs = plan.input_pixels * (p.c_in / p.padded_unit);
@@ -164,6 +165,8 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
     };
     if constexpr (A::kSmallGroups) {
       run(SmallGroupsGrads<T>{plan.small_groups, grad_y, weight});
+    } else if constexpr (A::kBundles) {
+      run(BundleGrads<T, Tag>{grad_y, plan.weights, plan.packed.shape});
     } else {
       run(ProductGrads<T, Tag>{grad_y, plan.weights, plan.packed.stages});
     }

@@ -40,7 +40,7 @@ inline constexpr bool kTuring = true;
 inline constexpr bool kTuring = false;
 #endif
 
-// How far a loop of two rounds is unrolled that has few registers to spare: ptxas spills some on sm_80 if it is.
+// How far a loop of two rounds is unrolled that has few registers to spare: before sm_90 ptxas spills some if it is.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr int kTightUnroll = 1;
 #else

@@ -15,44 +15,79 @@ namespace {
 template <class A>
 struct ForwardPlan {
   using T = typename A::T;
+  using Weight = std::conditional_t<A::kBundles, ForwardBundleWeight<T>, ForwardWeight<T>>;
 
   ForwardPlan(const Geometry& g, int shared_bytes, void* workspace)
       : small_groups(g),
         problem(ProblemOf<A>(g)),
         pixel_tiles(CeilDiv(problem.pixels, kRows)),
-        packed(problem, SampleOrder(problem, kVector<T>, TableColumns(shared_bytes)), Columns(shared_bytes)),
+        packed(Packed(SampleOrder(problem, kVector<T>, TableColumns(shared_bytes)), MostColumns(shared_bytes))),
         zeros(problem.c_in / kVector<T>),
         input_pixels(g.batch * g.image()) {
-    if (A::kSmallGroups) packed.vectors = 0;
+    if (A::kSmallGroups) {
+      packed.vectors = 0;
+    } else {
+      ShareStages();
+    }
     WorkspaceCarver carver(workspace, input_pixels, problem.pixels);
     weights = carver.Take<Vector16>(packed.vectors + zeros);
     padded_x = carver.TakePerInputPixel<T>(problem.pads_in() ? problem.c_in : 0);
+    sums = carver.TakeUpTo<Accumulation<T>>(most_sums, parts.parts > 1 ? blocks() * kRows * packed.columns : 0);
     size = carver.size();
   }
 
   SmallGroups small_groups;
   Problem problem;
   int64_t pixel_tiles;
-  ForwardWeight<T> packed;
+  Weight packed;
+  StageParts parts{1, 0};
   int zeros;  // vectors of one pixel
   int64_t input_pixels;
+  int64_t most_sums = 0;
   Vector16* weights;
   T* padded_x;
+  Accumulation<T>* sums;
   WorkspaceSize size;
 
+  int64_t blocks() const { return pixel_tiles * problem.bundles() * packed.tiles * parts.parts; }
+
  private:
-  // The widest tiles, as they make the fewest samples, unless so few blocks came out that processors stood idle.
-  int Columns(int shared_bytes) const {
+  Weight Packed(const SampleOrder& order, int columns) const {
+    if constexpr (A::kBundles) {
+      return Weight(problem, order);
+    } else {
+      return Weight(problem, order, columns);
+    }
+  }
+  // The widest tiles make the fewest samples.
+  int MostColumns(int shared_bytes) const {
     const auto bytes = [](auto columns) { return ForwardSharedBytes<T, columns>(kTableColumns); };
-    int columns = TileColumns<A::kColumns>(problem.group_out, shared_bytes, bytes);
-    const int64_t others = pixel_tiles * problem.groups;
-    while (columns > 64 && others * CeilDiv(problem.group_out, columns) < kProcessors) columns /= 2;
-    return columns;
+    return TileColumns<A::kColumns>(problem.group_out, shared_bytes, bytes);
   }
   // The narrowest tiles leave the least memory where devices have little.
   static int TableColumns(int shared_bytes) {
     const int left = shared_bytes - ForwardSharedBytes<T, 64>(0);
     return std::min(kTableColumns, left / SampleTable<T>::kPitch);
+  }
+
+  // Where so few blocks came out that processors stood idle, parts of the stages have blocks of their own, unless they
+  // became too short for what a block does once; where that does not suffice, the tiles are narrower.
+  void ShareStages() {
+    constexpr int kLeastStages = 4;
+    const int most = packed.stages / kLeastStages;
+    if (most > 1) most_sums = kProcessors * kRows * A::kColumns;
+    const auto share = [&] {
+      parts = {1, packed.stages};
+      if (pixel_tiles == 0) return;
+      const int64_t wanted = std::min<int64_t>(most, kProcessors / blocks());
+      parts.part_stages = static_cast<int>(CeilDiv(packed.stages, std::max<int64_t>(1, wanted)));
+      parts.parts = static_cast<int>(CeilDiv(packed.stages, parts.part_stages));
+    };
+    share();
+    while (packed.columns > 64 && 2 * blocks() <= kProcessors) {
+      packed = Packed(packed.order, packed.columns / 2);
+      share();
+    }
   }
 };
 
@@ -67,8 +102,8 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
   T* y = static_cast<T*>(arrays.y.data);
   if (p.pixels == 0) return launcher.status();
 
-  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, ForwardWeight<T>>, plan.packed.vectors + plan.zeros, p,
-                      plan.packed, weight, plan.zeros, plan.weights);
+  launcher.RunForEach("PackWeight", PackWeightKernel<T, Tag, typename ForwardPlan<A>::Weight>,
+                      plan.packed.vectors + plan.zeros, p, plan.packed, weight, plan.zeros, plan.weights);
   Samples<T> samples{static_cast<const T*>(arrays.x.data), arrays.offset, arrays.mask,
                      reinterpret_cast<const T*>(plan.weights + plan.packed.vectors)};
   if (p.pads_in()) {
@@ -80,11 +115,22 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
                  CeilDiv(p.pixels, kTilePixels) * plan.small_groups.tiles(), SampleTiles<Accumulation<T>>::kBytes, p,
                  plan.small_groups, samples, weight, bias, y);
   } else {
-    WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
-      launcher.Run("Forward", ForwardKernel<T, Tag, columns>, plan.pixel_tiles * p.groups * plan.packed.tiles,
-                   ForwardSharedBytes<T, columns>(plan.packed.order.table_columns()), p, samples, plan.packed,
-                   plan.weights, bias, y);
-    });
+    const int shared_bytes = plan.packed.order.table_columns() * SampleTable<T>::kPitch;
+    const auto run = [&](const auto& kernel, int product_bytes) {
+      launcher.Run("Forward", kernel, plan.blocks(), product_bytes + shared_bytes, p, samples, plan.packed, plan.parts,
+                   plan.weights, bias, y, plan.sums);
+    };
+    if constexpr (A::kBundles) {
+      run(ForwardBundleKernel<T, Tag>, kProductSharedBytes<T, kBundleColumns, false>);
+    } else {
+      WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
+        run(ForwardKernel<T, Tag, columns>, kProductSharedBytes<T, columns, false>);
+      });
+    }
+    if (plan.parts.parts > 1) {
+      launcher.RunForEach("ReduceY", ReduceYKernel<T>, p.pixels * g.c_out, p, plan.packed, plan.parts.parts, plan.sums,
+                          bias, y);
+    }
   }
   return launcher.status();
 }

@@ -3,10 +3,12 @@
 // A block computes 128 output pixels by up to 256 output channels of a weight group as one product: its left operand
 // are the samples of these pixels, with all taps and channels of the group in a row, made stage by stage in shared
 // memory, and its right operand is the packed weight. So a sample is computed once for all the output channels of a
-// block, and never stored outside it.
+// block, and never stored outside it. Where pixels are few, blocks share the stages too, and their sums are added up in
+// order.
 
 #pragma once
 
+#include "bundles.h"
 #include "layout.h"
 #include "located.h"
 #include "problem.h"
@@ -46,8 +48,8 @@ class SampleTable {
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int at = ThreadIndex() / kRows + i * kTogether;
-      const int channel = first_channel + at % units * p.padded_unit;
-      const bool there = at < columns && channel < p.c_in;  // the last segment may have fewer units
+      const int channel = first_channel + at % units * p.bundle_unit;
+      const bool there = at < columns && channel < p.c_in;  // the last segment or bundle may have fewer units
       const int tap = there ? first_tap + at / units : p.taps;
       displacement[i].Load(p, samples, pixel.index, p.pixels, tap, channel / p.deform_in);
     }
@@ -71,30 +73,28 @@ constexpr int ForwardSharedBytes(int table_columns) {
 
 // The left operand. Eight threads, each with a vector of the stage, share a pixel: where these are a chunk of channels
 // they read its corners by lines of 128 bytes.
-template <class T, class Tag>
+template <class T, class Tag, int kRounds_>
 class SampleRows {
  public:
-  static constexpr int kRounds = 2;
+  static constexpr int kRounds = kRounds_;
 
-  // From a stage on, as Next() says. The table begins at a byte of shared memory.
+  // The table begins at a byte of shared memory.
   JAX_DCN_DEVICE SampleRows(const Problem& p, const Samples<T>& samples, const SampleOrder& order, int table,
-                            int64_t first_pixel, int group, int stage)
+                            int64_t first_pixel, int bundle)
       : p_(p),
         samples_(samples),
         order_(order),
         table_(table),
         first_pixel_(first_pixel),
-        first_channel_(group * p.group_in),
-        stage_(stage - 1) {}
+        first_channel_(bundle * p.bundle_in) {}
 
-  JAX_DCN_DEVICE void Next() {
-    ++stage_;
+  JAX_DCN_DEVICE void Next(int stage) {
     position_ += kRowVectors;
     if (position_ < end_) {
       Place();
     } else {
-      const SampleOrder::Place place = order_.At(stage_, Lane());
-      Place(place, end_ == 0 || place.table != order_.At(stage_ - 1, Lane()).table);
+      const SampleOrder::Place place = order_.At(stage, Lane());
+      Place(place, end_ == 0 || place.table != order_.At(stage - 1, Lane()).table);
     }
   }
 
@@ -139,7 +139,6 @@ class SampleRows {
     position_ = place.position;
     width_ = place.width;
     end_ = place.taps * place.width;
-    vector_ = place.vector;
     const int segment = first_channel_ + place.first_vector * kVector<T>;
     chunk_ = segment + place.vector * kVector<T>;
     if (locate) {
@@ -155,8 +154,8 @@ class SampleRows {
     const int vector = position_ - tap * width_;
     channel_ = chunk_ + vector * kVector<T>;
     const int units = order_.units();
-    column_ = units == 1 ? tap : tap * units + (vector_ + vector) / order_.unit;
-    if (position_ >= end_) column_ = -1;
+    column_ = units == 1 ? tap : tap * units + vector / order_.unit;  // several are of one chunk
+    if (position_ >= end_ || channel_ >= p_.c_in) column_ = -1;       // the last bundle may have fewer groups
   }
 
   const Problem& p_;
@@ -165,7 +164,6 @@ class SampleRows {
   SampleTable<T> table_;
   const int64_t first_pixel_;
   const int first_channel_;
-  int stage_;
 
   // The chunk: its first channel and, in the segment, vector, its vectors, and those at all taps; and where in these
   // the thread is.
@@ -174,41 +172,159 @@ class SampleRows {
   Vector16 corner_[kOwn][kCorners];
 };
 
-template <class T, class Tag, int kColumns>
-JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 1)
-    ForwardKernel(Problem p, Samples<T> samples, ForwardWeight<T> packed, const Vector16* weights, const T* bias,
-                  T* y) {
-  const int block = BlockIndex().x;
-  const int tile = block % (packed.tiles * p.groups);  // blocks of the same pixels run at the same time
-  const int64_t first_pixel = static_cast<int64_t>(block / (packed.tiles * p.groups)) * kRows;
-  const int group = tile / packed.tiles;
-  const int first_column = tile % packed.tiles * kColumns;
+// The packed weight: columns are output channels, k are taps and channels in a SampleOrder.
+template <class T>
+struct ForwardWeight : PackedWeight {
+  SampleOrder order;
 
-  constexpr int kTable = kProductSharedBytes<T, kColumns, false>;
-  SampleRows<T, Tag> left(p, samples, packed.order, kTable, first_pixel, group, 0);
-  Product<T, Tag, kColumns> product;
-  const CopyPacked<kColumns> right{weights + int64_t{tile} * packed.stages * kColumns * kRowVectors};
-  MultiplyStages<T, kColumns, false>(packed.stages, left, right, product);
+  ForwardWeight(const Problem& p, const SampleOrder& order, int columns)
+      : PackedWeight(p, 1, p.group_out, columns, order.stages, kRowVectors), order(order) {}
 
+  JAX_DCN_INLINE Element At(int, int group, int column, int stage, int vector, int element) const {
+    const SampleOrder::Place place = order.At(stage, vector);
+    const int channel = (place.first_vector + place.segment_vector()) * kVector<T> + element;
+    return {group, place.there() ? place.first_tap + place.tap() : order.taps, channel, column};
+  }
+};
+
+// That of bundles, whose stages are taps.
+template <class T>
+struct ForwardBundleWeight : PackedWeight {
+  BundleShape shape;
+  SampleOrder order;
+
+  ForwardBundleWeight(const Problem& p, const SampleOrder& order)
+      : PackedWeight(p, 1, kBundleColumns, kBundleColumns, order.stages, p.group_in / kVector<T>),
+        shape{row_vectors},
+        order(order) {}
+
+  JAX_DCN_INLINE Element At(int, int bundle, int column, int stage, int vector, int element) const {
+    return {bundle * shape.groups() + column / shape.columns(), stage, vector * kVector<T> + element,
+            column % shape.columns()};
+  }
+};
+
+// How blocks share the stages.
+struct StageParts {
+  int parts, part_stages;  // of each but the last
+};
+
+// The narrowest tiles leave registers for a second block on a processor, if samples are made in more rounds.
+template <class Tag, int kColumns>
+inline constexpr int kForwardBlocks = kOnTensorCores<Tag> && kColumns == 64 ? 2 : 1;
+template <class Tag, int kColumns>
+inline constexpr int kForwardRounds = 2 * kForwardBlocks<Tag, kColumns>;
+
+// Which part of the work a block has.
+struct ForwardBlock {
+  int tile, part;  // of all bundles' tiles; of the stages
+  int64_t first_pixel;
+  int first_stage, end_stage;
+
+  // Blocks of the same pixels run at the same time.
+  JAX_DCN_DEVICE ForwardBlock(int block, int tiles, int stages, StageParts parts)
+      : tile(block % tiles), part(block / tiles % parts.parts) {
+    first_pixel = int64_t{block / tiles / parts.parts} * kRows;
+    first_stage = part * parts.part_stages;
+    end_stage = first_stage + parts.part_stages < stages ? first_stage + parts.part_stages : stages;
+  }
+};
+
+// Stores a block's results: to y, or with several parts, block by block (row, column), to sums. place(column) sets the
+// group of a column and where in it the column is.
+template <class T, int kColumns, class Product, class Place>
+JAX_DCN_DEVICE void StoreForward(const Problem& p, StageParts parts, const Product& product, int64_t first_pixel,
+                                 const Place& place, const T* bias, T* y, Accumulation<T>* sums) {
+  if (parts.parts > 1) {
+    Accumulation<T>* to = sums + int64_t{BlockIndex().x} * (kRows * kColumns);
+    product.ForEach(
+        [&](int row, int column, const auto& values) { StoreRun(to + row * kColumns + column, values, true); });
+    return;
+  }
   const int64_t c_out = int64_t{p.groups} * p.group_out;
   const bool wide = p.group_out % 2 == 0;
   product.ForEach([&](int row, int column, const auto& values) {
-    constexpr int kRun = decltype(product)::kRun;
-    column += first_column;
-    if (first_pixel + row >= p.pixels || column >= p.group_out) return;
-    Accumulation<T> sums[kRun];
+    constexpr int kRun = Product::kRun;
+    int group;
+    place(column, group);
+    if (first_pixel + row >= p.pixels || group >= p.groups || column >= p.group_out) return;
+    Accumulation<T> run[kRun];
     const int valid = p.group_out - column < kRun ? p.group_out - column : kRun;
     for (int i = 0; i < kRun; ++i) {
-      sums[i] = values[i];
-      if (bias != nullptr && i < valid) sums[i] += ToReal(bias[group * p.group_out + column + i]);
+      run[i] = values[i];
+      if (bias != nullptr && i < valid) run[i] += ToReal(bias[group * p.group_out + column + i]);
     }
     T* to = y + (first_pixel + row) * c_out + group * p.group_out + column;
     if (valid == kRun) {
-      StoreRun(to, sums, wide);
+      StoreRun(to, run, wide);
     } else {
-      FromReal(sums[0], to[0]);
+      FromReal(run[0], to[0]);
     }
   });
+}
+
+template <class T, class Tag, int kColumns>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, (kForwardBlocks<Tag, kColumns>))
+    ForwardKernel(Problem p, Samples<T> samples, ForwardWeight<T> packed, StageParts parts, const Vector16* weights,
+                  const T* bias, T* y, Accumulation<T>* sums) {
+  const ForwardBlock block(BlockIndex().x, packed.tiles * p.groups, packed.stages, parts);
+  const int group = block.tile / packed.tiles;
+  const int first_column = block.tile % packed.tiles * kColumns;
+
+  constexpr int kTable = kProductSharedBytes<T, kColumns, false>;
+  SampleRows<T, Tag, kForwardRounds<Tag, kColumns>> left(p, samples, packed.order, kTable, block.first_pixel, group);
+  Product<T, Tag, kColumns> product;
+  const CopyPacked<kColumns> right{weights + int64_t{block.tile} * packed.stages * kColumns * kRowVectors};
+  MultiplyStages<T, kColumns, false>(block.first_stage, block.end_stage, left, right, product);
+
+  const auto place = [&](int& column, int& column_group) {
+    column_group = group;
+    column += first_column;
+  };
+  StoreForward<T, kColumns>(p, parts, product, block.first_pixel, place, bias, y, sums);
+}
+
+// The same for bundles of groups.
+template <class T, class Tag>
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, (kForwardBlocks<Tag, kBundleColumns>))
+    ForwardBundleKernel(Problem p, Samples<T> samples, ForwardBundleWeight<T> packed, StageParts parts,
+                        const Vector16* weights, const T* bias, T* y, Accumulation<T>* sums) {
+  constexpr int kColumns = kBundleColumns;
+  const ForwardBlock block(BlockIndex().x, p.bundles(), packed.stages, parts);
+  const BundleShape shape = packed.shape;
+
+  constexpr int kTable = kProductSharedBytes<T, kColumns, false>;
+  SampleRows<T, Tag, kForwardRounds<Tag, kColumns>> left(p, samples, packed.order, kTable, block.first_pixel,
+                                                         block.tile);
+  BundleProduct<T, Tag> product(shape);
+  const CopyBundle right{weights + int64_t{block.tile} * packed.stages * kColumns * shape.vectors, shape};
+  MultiplyStages<T, kColumns, false>(block.first_stage, block.end_stage, left, right, product);
+
+  const auto place = [&](int& column, int& group) {
+    group = block.tile * shape.groups() + column / shape.columns();
+    column %= shape.columns();
+  };
+  StoreForward<T, kColumns>(p, parts, product, block.first_pixel, place, bias, y, sums);
+}
+
+// A thread adds up an element of y.
+template <class T>
+JAX_DCN_GLOBAL void ReduceYKernel(Problem p, PackedWeight packed, int parts, const Accumulation<T>* sums, const T* bias,
+                                  T* y) {
+  const int64_t i = GlobalThread();
+  const int c_out = p.groups * p.group_out;
+  if (i >= p.pixels * c_out) return;
+  const int64_t pixel = i / c_out;
+  const int out = static_cast<int>(i % c_out);
+  const int group = out / p.group_out;
+  const int column = group % p.bundle * (packed.columns / p.bundle) + out % p.group_out;
+  const int tile = group / p.bundle * packed.tiles + column / packed.columns;
+  const int tiles = p.bundles() * packed.tiles;
+  const int64_t block = pixel / kRows * parts * tiles + tile;
+  const Accumulation<T>* from = sums + (block * kRows + pixel % kRows) * packed.columns + column % packed.columns;
+  Accumulation<T> sum = bias != nullptr ? ToReal(bias[out]) : Accumulation<T>(0);
+  for (int part = 0; part < parts; ++part) sum += from[int64_t{part} * tiles * kRows * packed.columns];
+  FromReal(sum, y[i]);
 }
 
 }  // namespace cuda

@@ -10,6 +10,8 @@
 
 #include <algorithm>
 
+#include "bundles.h"
+#include "layout.h"
 #include "located.h"
 #include "problem.h"
 #include "product.h"
@@ -25,20 +27,20 @@ inline constexpr int kChannels = sizeof(T) == 8 ? 32 : 64;
 // The parts that make all channels of a tap.
 template <class T>
 JAX_DCN_INLINE int ChannelParts(const Problem& p) {
-  return p.groups * static_cast<int>(CeilDiv(p.group_in, kChannels<T>));
+  return p.bundles() * static_cast<int>(CeilDiv(p.bundle_in, kChannels<T>));
 }
 
-// The channels of a part.
+// The channels of a part, of one bundle of groups.
 template <class T>
 struct ChannelPart {
-  int group, first, end;
+  int part, bundle, first, end;
 
-  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) {
-    const int tiles = ChannelParts<T>(p) / p.groups;
-    group = part / tiles;
-    first = group * p.group_in + part % tiles * kChannels<T>;
-    const int group_end = (group + 1) * p.group_in;
-    end = first + kChannels<T> < group_end ? first + kChannels<T> : group_end;
+  JAX_DCN_DEVICE ChannelPart(const Problem& p, int part) : part(part) {
+    const int tiles = ChannelParts<T>(p) / p.bundles();
+    bundle = part / tiles;
+    first = bundle * p.bundle_in + part % tiles * kChannels<T>;
+    const int bundle_end = (bundle + 1) * p.bundle_in < p.c_in ? (bundle + 1) * p.bundle_in : p.c_in;
+    end = first + kChannels<T> < bundle_end ? first + kChannels<T> : bundle_end;
   }
 };
 
@@ -75,9 +77,60 @@ struct GradSamplesMemory {
   }
 };
 
+// Copies what a stage has of grad_y, a row for each pixel: the thread's vector of all its rows, from a channel of a
+// group on.
+template <class T>
+JAX_DCN_DEVICE void CopyGradY(const Problem& p, const T* grad_y, int64_t first_pixel, int group, int channel,
+                              Shared<Vector16> to) {
+#pragma unroll 1
+  for (int row = ThreadIndex() / kRowVectors; row < kRows; row += kThreads / kRowVectors) {
+    const int64_t pixel = first_pixel + row;
+    const bool there = pixel < p.pixels && group < p.groups && channel < p.padded_group_out;
+    const T* from = there ? grad_y + (pixel * p.c_out() + group * p.padded_group_out + channel) : grad_y;
+    CopyAsync16(to + RowVector(row, ThreadIndex() % kRowVectors), from, there);
+  }
+}
+
+// Stores a run of a product's results.
+template <class T, int kRun>
+JAX_DCN_DEVICE void StoreGrads(Shared<Accumulation<T>> grads, int row, int column,
+                               const Accumulation<T> (&values)[kRun]) {
+  const int at = row * kGradPitch<Accumulation<T>> + column;
+  if constexpr (kRun == 2) {
+    SharedCast<Vector8>(grads)[at / 2] = {{FloatBits(values[0]), FloatBits(values[1])}};
+  } else {
+    grads[at] = values[0];
+  }
+}
+
+// The packed weight, a batch for each tap: columns are channels, k are output channels.
+template <class T>
+struct TapWeight : PackedWeight {
+  explicit TapWeight(const Problem& p)
+      : PackedWeight(p, p.taps, p.group_in, kChannels<T>, static_cast<int>(CeilDiv(p.padded_group_out, kStage<T>)),
+                     kRowVectors) {}
+
+  JAX_DCN_INLINE Element At(int tap, int group, int column, int stage, int vector, int element) const {
+    return {group, tap, column, (stage * kRowVectors + vector) * kVector<T> + element};
+  }
+};
+
+// That of bundles.
+template <class T>
+struct TapBundleWeight : PackedWeight {
+  BundleShape shape;
+
+  explicit TapBundleWeight(const Problem& p)
+      : PackedWeight(p, p.taps, kBundleColumns, kBundleColumns, 1, p.group_in / kVector<T>), shape{row_vectors} {}
+
+  JAX_DCN_INLINE Element At(int tap, int bundle, int column, int, int vector, int element) const {
+    return {bundle * shape.groups() + column / shape.columns(), tap, column % shape.columns(),
+            vector * kVector<T> + element};
+  }
+};
+
 // What makes the gradients of a part's samples, in shared memory, by products. A barrier must follow a call, and one
-// stand before the next. The packed weight is (tap, group, tile of kChannels channels, stage, channel of the tile, k of
-// the stage).
+// stand before the next.
 template <class T_, class Tag>
 struct ProductGrads {
   using T = T_;
@@ -88,20 +141,21 @@ struct ProductGrads {
   int stages;
   int64_t kept = -1;  // the pixels and the group whose grad_y is in shared memory
 
-  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>& memory, int64_t first_pixel, int tap, int part,
-                           Shared<Accumulation<T>> grads) {
+  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>& memory, int64_t first_pixel, int tap,
+                           const ChannelPart<T>& channels, Shared<Accumulation<T>> grads) {
     constexpr int kLeftSize = kStageSize<T, kRows, false>;
     constexpr int kRightSize = kStageSize<T, kChannels<T>, false>;
-    const int group = ChannelPart<T>(p, part).group;
+    const int group = channels.bundle;
     const int64_t rows = first_pixel * p.groups + group;
     const Shared<Vector16> left = SharedMemory<Vector16>(0);
     const Shared<Vector16> right = left + memory.slots * kLeftSize;
-    const CopyPacked<kChannels<T>> copy_right{weights + (int64_t{tap} * ChannelParts<T>(p) + part) * stages *
+    const CopyPacked<kChannels<T>> copy_right{weights + (int64_t{tap} * ChannelParts<T>(p) + channels.part) * stages *
                                                             kChannels<T> * kRowVectors};
     const bool there = memory.keeps && kept == rows;
     kept = rows;
     const auto copy = [&](int stage, int slot) {
-      if (!there) CopyRows(p, first_pixel, group, stage, left + slot * kLeftSize);
+      const int channel = (stage * kRowVectors + ThreadIndex() % kRowVectors) * kVector<T>;
+      if (!there) CopyGradY(p, grad_y, first_pixel, group, channel, left + slot * kLeftSize);
       copy_right(stage, right + slot * kRightSize);
       CopyCommit();
     };
@@ -129,29 +183,38 @@ struct ProductGrads {
       slot = next;
     }
     SyncThreads();
-    product.ForEach([&](int row, int column, const auto& values) {
-      const int at = row * kGradPitch<Accumulation<T>> + column;
-      if constexpr (decltype(product)::kRun == 2) {
-        SharedCast<Vector8>(grads)[at / 2] = {{FloatBits(values[0]), FloatBits(values[1])}};
-      } else {
-        grads[at] = values[0];
-      }
-    });
+    product.ForEach([&](int row, int column, const auto& values) { StoreGrads<T>(grads, row, column, values); });
   }
+};
 
- private:
-  // A stage of grad_y's channels of a group.
-  JAX_DCN_DEVICE void CopyRows(const Problem& p, int64_t first_pixel, int group, int stage, Shared<Vector16> to) const {
-    constexpr int kApart = kThreads / kRowVectors;
+// The same for bundles.
+template <class T_, class Tag>
+struct BundleGrads {
+  using T = T_;
+  static constexpr int kVisited = 2;
+
+  const T* grad_y;
+  const Vector16* weights;
+  BundleShape shape;
+
+  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>&, int64_t first_pixel, int tap,
+                           const ChannelPart<T>& channels, Shared<Accumulation<T>> grads) const {
+    const Shared<Vector16> left = SharedMemory<Vector16>(0);
+    const Shared<Vector16> right = left + kStageSize<T, kRows, false>;
     const int vector = ThreadIndex() % kRowVectors;
-    const int channel = (stage * kRowVectors + vector) * kVector<T>;
-#pragma unroll 1
-    for (int row = ThreadIndex() / kRowVectors; row < kRows; row += kApart) {
-      const int64_t pixel = first_pixel + row;
-      const bool there = pixel < p.pixels && channel < p.padded_group_out;
-      const T* from = there ? grad_y + (pixel * p.groups + group) * p.padded_group_out + channel : grad_y;
-      CopyAsync16(to + RowVector(row, vector), from, there);
-    }
+    CopyGradY(p, grad_y, first_pixel, channels.bundle * shape.groups() + vector / shape.vectors,
+              vector % shape.vectors * kVector<T>, left);
+    CopyBundle{weights, shape}(tap * p.bundles() + channels.bundle, right);
+    CopyCommit();
+    CopyWait<0>();
+    SyncThreads();
+    BundleProduct<T, Tag, std::is_same_v<Tag, TF32>> product(shape);
+    product.template Add<1>(left, right, 0);
+    SyncThreads();
+    product.ForEach([&](int row, int column, const auto& values) {
+      const int channel = column % shape.columns();
+      if (channel < p.group_in) StoreGrads<T>(grads, row, column / shape.columns() * p.group_in + channel, values);
+    });
   }
 };
 
@@ -165,12 +228,12 @@ struct SmallGroupsGrads {
   const T* grad_y;
   const T* weight;
 
-  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>&, int64_t first_pixel, int tap, int part,
-                           Shared<Accumulation<T>> grads) const {
+  JAX_DCN_DEVICE void Make(const Problem& p, const GradSamplesMemory<T>&, int64_t first_pixel, int tap,
+                           const ChannelPart<T>& channels, Shared<Accumulation<T>> grads) const {
     using Real = Accumulation<T>;
     constexpr int kApart = kThreads / kChannels<T>;
     const int column = ThreadIndex() % kChannels<T>;
-    const int padded = ChannelPart<T>(p, part).first + column;
+    const int padded = channels.first + column;
     const int channel = padded < p.c_in ? p.Unpadded(padded) : -1;
     for (int row = ThreadIndex() / kChannels<T>; row < kRows; row += kApart) {
       const int64_t pixel = first_pixel + row;
@@ -291,9 +354,10 @@ class CornerSums {
   int byte_, threads_;
 };
 
-// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
+// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted. Doubles leave no registers for a
+// second block.
 template <class Grads, class T = typename Grads::T>
-JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, sizeof(T) == 8 ? 1 : 2)
     GradSamplesKernel(Problem p, GradSamplesMemory<T> memory, Samples<T> samples, Grads make_grads,
                       Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
   using Real = Accumulation<T>;
@@ -393,9 +457,9 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   int located_group = -1;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part) {
-    const int first = ChannelPart<T>(p, part).first;
-    const int end = ChannelPart<T>(p, part).end;
-    make_grads.Make(p, memory, first_pixel, tap, part, grads);
+    const ChannelPart<T> channels(p, part);
+    const int first = channels.first, end = channels.end;
+    make_grads.Make(p, memory, first_pixel, tap, channels, grads);
     for (int begin = first; begin < end;) {
       const int deform_group = begin / p.deform_in;
       const int deform_end = (deform_group + 1) * p.deform_in;
@@ -441,7 +505,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
   for (int64_t pixel = first_pixel; pixel < end_pixel; pixel += kRows) {
 #pragma unroll 1
     for (int tap = 0; tap < p.taps; ++tap) {
-      make_grads.Make(p, memory, pixel, tap, part, grads);
+      make_grads.Make(p, memory, pixel, tap, channels, grads);
 #pragma unroll 1
       for (int first_row = 0; first_row < kRows; first_row += located_pixels) {
         const int end_row = first_row + located_pixels < kRows ? first_row + located_pixels : kRows;

@@ -5,53 +5,28 @@
 #include "launcher.h"
 #include "problem.h"
 #include "product.h"
-#include "sample_order.h"
 
 namespace jax_dcn {
 namespace cuda {
 
-// The weight as right operands of products, (batch, group, tile of columns, stage, column, k of the stage), with zeros
-// for what is not there. There are these two.
+// The weight as right operands of products, (batch, bundle of groups, tile of columns, stage, column, k of the stage),
+// or with several groups in a bundle (..., stage, vector of k, column); with zeros for what is not there.
 struct PackedWeight {
   int columns, tiles, stages;
+  int row_vectors;  // of a column's k in a stage
   int64_t vectors;  // of the whole
 
-  PackedWeight(const Problem& p, int batches, int all_columns, int columns, int stages)
+  PackedWeight(const Problem& p, int batches, int all_columns, int columns, int stages, int row_vectors)
       : columns(columns),
         tiles(static_cast<int>(CeilDiv(all_columns, columns))),
         stages(stages),
-        vectors(int64_t{batches} * p.groups * tiles * stages * columns * kRowVectors) {}
+        row_vectors(row_vectors),
+        vectors(int64_t{batches} * p.bundles() * tiles * stages * columns * row_vectors) {}
 
   // An element of the weight, in its group.
   struct Element {
-    int tap, channel, out;  // the channel with padding
+    int group, tap, channel, out;  // the channel with padding
   };
-};
-
-// Forward: columns are output channels, k are taps and channels in a SampleOrder.
-template <class T>
-struct ForwardWeight : PackedWeight {
-  SampleOrder order;
-
-  ForwardWeight(const Problem& p, const SampleOrder& order, int columns)
-      : PackedWeight(p, 1, p.group_out, columns, order.stages), order(order) {}
-
-  JAX_DCN_INLINE Element At(int, int column, int stage, int vector, int element) const {
-    const SampleOrder::Place place = order.At(stage, vector);
-    const int channel = (place.first_vector + place.segment_vector()) * kVector<T> + element;
-    return {place.there() ? place.first_tap + place.tap() : order.taps, channel, column};
-  }
-};
-
-// Of the samples' gradients, a batch for each tap: columns are channels, k are output channels.
-template <class T>
-struct TapWeight : PackedWeight {
-  TapWeight(const Problem& p, int columns)
-      : PackedWeight(p, p.taps, p.group_in, columns, static_cast<int>(CeilDiv(p.padded_group_out, kStage<T>))) {}
-
-  JAX_DCN_INLINE Element At(int tap, int column, int stage, int vector, int element) const {
-    return {tap, column, (stage * kRowVectors + vector) * kVector<T> + element};
-  }
 };
 
 // Behind the packed weight it writes `zeros` vectors of zeros.
@@ -66,27 +41,29 @@ JAX_DCN_GLOBAL void PackWeightKernel(Problem p, Packed packed, const T* weight, 
   // Threads side by side take columns side by side: in the forward order those are what lies together in the weight.
   const int column = static_cast<int>(i % packed.columns);
   i /= packed.columns;
-  const int vector = static_cast<int>(i % kRowVectors);
-  i /= kRowVectors;
+  const int vector = static_cast<int>(i % packed.row_vectors);
+  i /= packed.row_vectors;
   const int64_t all_stages = i;
   const int stage = static_cast<int>(i % packed.stages);
   i /= packed.stages;
   const int in_tile = static_cast<int>(i % packed.tiles) * packed.columns + column;
   i /= packed.tiles;
-  const int group = static_cast<int>(i % p.groups);
-  const int batch = static_cast<int>(i / p.groups);
+  const int bundle = static_cast<int>(i % p.bundles());
+  const int batch = static_cast<int>(i / p.bundles());
   const int64_t group_in = p.group_in / p.padded_unit * p.unit;
   const int64_t c_out = int64_t{p.groups} * p.group_out;
 
   Accumulation<T> values[kVector<T>];
   for (int e = 0; e < kVector<T>; ++e) {
-    const PackedWeight::Element at = packed.At(batch, in_tile, stage, vector, e);
+    const PackedWeight::Element at = packed.At(batch, bundle, in_tile, stage, vector, e);
     const int channel = p.Unpadded(at.channel);
-    const bool there = at.tap < p.taps && at.channel < p.group_in && channel >= 0 && at.out < p.group_out;
+    const bool there =
+        at.group < p.groups && at.tap < p.taps && at.channel < p.group_in && channel >= 0 && at.out < p.group_out;
     values[e] = 0;
-    if (there) values[e] = ToReal(weight[(at.tap * group_in + channel) * c_out + group * p.group_out + at.out]);
+    if (there) values[e] = ToReal(weight[(at.tap * group_in + channel) * c_out + at.group * p.group_out + at.out]);
   }
-  to[(all_stages * packed.columns + column) * kRowVectors + vector] = Pack<T, Tag>(values);
+  const int64_t in_stage = p.bundle > 1 ? vector * packed.columns + column : column * packed.row_vectors + vector;
+  to[all_stages * packed.columns * packed.row_vectors + in_stage] = Pack<T, Tag>(values);
 }
 
 // Pads runs of `unit` channels to runs of `padded`.

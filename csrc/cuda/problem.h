@@ -27,6 +27,9 @@ struct Problem {
   int unit, padded_unit;            // channels of a run, without and with padding
   int c_in, group_in, deform_in;    // padded
   int group_out, padded_group_out;  // of grad_y, whose runs are the groups
+  // Blocks take so many groups together, whose input channels are `bundle_in`, and runs of `bundle_unit` of these share
+  // a deform group.
+  int bundle = 1, bundle_in, bundle_unit;
   int64_t image_out, pixels;
 
   Problem(const Geometry& g, int vector)
@@ -51,8 +54,24 @@ struct Problem {
         deform_in(Pad(Int(g.deform_in()))),
         group_out(Int(g.group_out())),
         padded_group_out(Int(RoundUp(group_out, vector))),
+        bundle_in(group_in),
+        bundle_unit(padded_unit),
         image_out(g.image_out()),
         pixels(g.pixels()) {}
+
+  int UnitOf(int count) const {
+    return deform_groups == 1 ? count * group_in : GreatestCommonDivisor(count * group_in, deform_in);
+  }
+  // Takes several groups together.
+  void Bundle(int count) {
+    bundle = count;
+    bundle_in = count * group_in;
+    bundle_unit = UnitOf(count);
+  }
+  JAX_DCN_INLINE int bundles() const { return (groups + bundle - 1) / bundle; }
+  // Channels of grad_y of a bundle, and of all.
+  JAX_DCN_INLINE int bundle_out() const { return bundle * padded_group_out; }
+  JAX_DCN_INLINE int c_out() const { return groups * padded_group_out; }
 
   bool pads_in() const { return unit != padded_unit; }
   bool pads_out() const { return group_out != padded_group_out; }

@@ -22,7 +22,7 @@ JAX_DCN_DEVICE int64_t GlobalThread() { return int64_t{BlockIndex().x} * kThread
 inline constexpr int kRowVectors = 8;
 template <class T>
 inline constexpr int kStage = kRowVectors * kVector<T>;  // elements of k
-JAX_DCN_INLINE int RowVector(int row, int vector) { return row * kRowVectors + (vector ^ row % kRowVectors); }
+JAX_DCN_INLINE int RowVector(int row, int vector) { return row * kRowVectors + (vector ^ (row & (kRowVectors - 1))); }
 
 // A transposed stage is so many k, a pitch apart, in vectors. Those of TF32 are read by words: eight of each of four k,
 // which a pitch of 8 words more than all banks separates.
@@ -41,7 +41,8 @@ inline constexpr int kStageSize =
 template <class T, class Tag, int kColumns, bool kTransposed, bool kRoundLeft>
 class TensorProduct {
  public:
-  static constexpr int kRun = 2;  // adjacent columns that a thread holds
+  static constexpr int kRun = 2;               // adjacent columns that a thread holds
+  static constexpr bool kPartsDiffer = false;  // in the registers that they add to
 
   JAX_DCN_DEVICE TensorProduct() {
     for (auto& row : sums_) {
@@ -56,7 +57,7 @@ class TensorProduct {
   JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right, int part) {
     constexpr int kSteps = (kTransposed ? 2 : 4) / kParts;  // of 32 bytes of k
     const int lane = ThreadIndex() % kWarp;
-#pragma unroll(kTilesDown* kTilesAcross == 32 ? 1 : kTransposed ? kTightUnroll : kSteps)
+#pragma unroll(kTilesDown* kTilesAcross == 32 ? 1 : kTightUnroll)
     for (int i = 0; i < kSteps; ++i) {
       const int step = part * kSteps + i;
       uint32_t a[kTilesDown][4];
@@ -148,6 +149,7 @@ class PlainProduct {
  public:
   using Real = Accumulation<T>;
   static constexpr int kRun = 1;
+  static constexpr bool kPartsDiffer = false;
 
   JAX_DCN_DEVICE PlainProduct() {
     for (auto& row : sums_) {
@@ -234,43 +236,43 @@ inline constexpr int kProductSharedBytes =
     (2 * kStageSize<T, kRows, kTransposed> +
      kRightStages<kTransposed> * kStageSize<T, kColumns, kTransposed>)*int{sizeof(Vector16)};
 
-// Adds the product over all stages. `left` makes the thread's part of a stage of the left operand in
-// Left::kRounds rounds: Next() goes on to the next stage, Fetch(round) loads into registers, and Store(round, to) puts
+// Adds the product over stages [first, end). `left` makes the thread's part of a stage of the left operand in
+// Left::kRounds rounds: Next(stage) goes on to it, Fetch(round) loads into registers, and Store(round, to) puts
 // that into shared memory; the loads are on their way during a part of the product of the stage before.
 // copy_right(stage, to) begins the copy of the thread's part of a stage of the right operand.
 template <class T, int kColumns, bool kTransposed, class Product, class Left, class CopyRight>
-JAX_DCN_DEVICE void MultiplyStages(int stages, Left& left, const CopyRight& copy_right, Product& product) {
+JAX_DCN_DEVICE void MultiplyStages(int first, int end, Left& left, const CopyRight& copy_right, Product& product) {
   constexpr int kLeftSize = kStageSize<T, kRows, kTransposed>;
   constexpr int kRightSize = kStageSize<T, kColumns, kTransposed>;
   constexpr int kAhead = kRightStages<kTransposed> - 1;
   const Shared<Vector16> left_stages = SharedMemory<Vector16>(0);
   const Shared<Vector16> right_stages = left_stages + 2 * kLeftSize;
-  for (int stage = 0; stage < kAhead - 1; ++stage) {
-    if (stage < stages) copy_right(stage, right_stages + stage * kRightSize);
+  for (int ahead = 0; ahead < kAhead - 1; ++ahead) {
+    if (first + ahead < end) copy_right(first + ahead, right_stages + ahead * kRightSize);
     CopyCommit();
   }
   int use = kAhead;
 #pragma unroll 1
-  for (int next = 0; next <= stages; ++next) {  // the stage that is prepared while the one before is multiplied
-    if (next > 0) {
+  for (int next = first; next <= end; ++next) {  // the stage that is prepared while the one before is multiplied
+    if (next > first) {
       // After the barrier all have stored the stage and are done with the one before, whose memory is used again.
       CopyWait<kAhead - 1>();
       SyncThreads();
     }
     const int done = use == 0 ? kAhead : use - 1;
     const int ahead = next + kAhead - 1;
-    if (ahead < stages) copy_right(ahead, right_stages + done * kRightSize);
+    if (ahead < end) copy_right(ahead, right_stages + done * kRightSize);
     CopyCommit();
-    if (next < stages) left.Next();
-#pragma unroll
+    if (next < end) left.Next(next);
+#pragma unroll(Product::kPartsDiffer ? Left::kRounds : 1)
     for (int round = 0; round < Left::kRounds; ++round) {
-      if (next < stages) left.Fetch(round);
+      if (next < end) left.Fetch(round);
       SyncWarp();  // Fetch branches, and the product is of whole warps
-      if (next > 0) {
+      if (next > first) {
         product.template Add<Left::kRounds>(left_stages + (next + 1) % 2 * kLeftSize, right_stages + use * kRightSize,
                                             round);
       }
-      if (next < stages) left.Store(round, left_stages + next % 2 * kLeftSize);
+      if (next < end) left.Store(round, left_stages + next % 2 * kLeftSize);
     }
     use = use == kAhead ? 0 : use + 1;
   }

@@ -8,24 +8,25 @@
 namespace jax_dcn {
 namespace cuda {
 
-// The order of k, the taps and channels of a weight group, in the forward product. Samples are located before they are
-// made, in a table with a column for each tap and unit (a run of channels that share both groups). Tables take so many
-// columns, so the channels come in segments, the taps of a segment in windows, and a segment and a window fill one
-// table. In these, chunks of up to a stage's channels come outside and taps inside: what a block reads meanwhile, a
-// chunk's 128 bytes of some rows of the image, stays in the L1 cache. All lengths of channels are in vectors. Between
-// the end of a window and that of its last stage there are zeros.
+// The order of k, the taps and channels of a bundle of weight groups, in the forward product. Samples are located
+// before they are made, in a table with a column for each tap and unit (a run of channels that share their groups).
+// Tables take so many columns, so the channels come in segments, the taps of a segment in windows, and a segment and a
+// window fill one table. In these, chunks of up to a stage's channels come outside and taps inside: what a block reads
+// meanwhile, a chunk's 128 bytes of some rows of the image, stays in the L1 cache. All lengths of channels are in
+// vectors. Between the end of a window and that of its last stage there are zeros.
 struct SampleOrder {
-  int vectors, unit, taps;  // of a group, of a unit, of the kernel
+  int vectors, unit, taps;  // of a bundle, of a unit, of the kernel
   int segment, segments;    // of one unit, or of several that fit a stage
   int window, windows;      // taps
   int segment_stages;       // of a whole segment
   int stages;               // of all
 
   SampleOrder(const Problem& p, int vector, int table_columns)
-      : vectors(p.group_in / vector), unit(p.padded_unit / vector), taps(p.taps), stages(0) {
+      : vectors(p.bundle_in / vector), unit(p.bundle_unit / vector), taps(p.taps), stages(0) {
     // The fewest stages, then the fewest tables.
     const int most = kRowVectors < vectors ? kRowVectors : vectors;
     for (int units = 1; units == 1 || (units <= table_columns && units * unit <= most); ++units) {
+      if (p.bundle > 1 && units * unit != vectors) continue;  // their stages are taps
       for (int length = 1; length <= taps && length * units <= table_columns; ++length) {
         const SampleOrder order(*this, units * unit, length);
         const bool better = order.stages < stages || (order.stages == stages && order.tables() <= tables());
@@ -42,7 +43,7 @@ struct SampleOrder {
   struct Place {
     int table;
     int first_tap, taps;  // of the window
-    int first_vector;     // of the segment, in the group
+    int first_vector;     // of the segment, in the bundle
     int vector, width;    // the first of the chunk, in the segment, and how many it has
     int position;         // in the chunk's taps and vectors
 

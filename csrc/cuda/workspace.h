@@ -23,6 +23,14 @@ class WorkspaceCarver {
   T* Take(int64_t count) {
     return TakePerPixel<T>(count, 1, 1, size_.constant);
   }
+  // A count that depends on the sizes, but is never more than `most`.
+  template <class T>
+  T* TakeUpTo(int64_t most, int64_t count) {
+    if (most > 0) size_.constant += most * int64_t{sizeof(T)} + kAlignment;
+    T* array = carver_.Take<T>(count);
+    size_.bytes = carver_.used();
+    return array;
+  }
   template <class T>
   T* TakePerInputPixel(int64_t count) {
     return TakePerPixel<T>(count, input_pixels_, 1, size_.per_input_pixel);

@@ -47,6 +47,17 @@ SMALL_GROUPS = [
     Case("several_parts", batch=1, c_in=6, c_out=6, groups=6, size=(47, 45), kernel=(1, 2), padding=(0, 0)),
 ]
 
+# Groups that blocks take several of: of one vector, two and four, by type; with a last bundle that is not full, with
+# fewer outputs than inputs, of channels that are padded, and with several deform groups in a bundle.
+BUNDLES = [
+    Case("groups_of_4", batch=1, c_in=36, c_out=36, groups=9, deform_groups=3),
+    Case("groups_of_8", c_in=72, c_out=72, groups=9, size=(7, 6)),
+    Case("groups_of_8_and_5", batch=1, c_in=128, c_out=80, groups=16, kernel=(2, 2), padding=(0, 0), bias=False),
+    Case("groups_of_16", batch=1, c_in=80, c_out=80, groups=5, size=(14, 11), mask=False),
+    Case("groups_of_15_and_13", batch=1, c_in=75, c_out=65, groups=5, deform_groups=5),
+    Case("groups_of_32", batch=1, c_in=96, c_out=96, groups=3, deform_groups=2, stride=(2, 1)),
+]
+
 # The widest tiles are taken only where that leaves enough blocks for a GPU, and are not full here.
 WIDE_TILES = [
     Case("128_columns", batch=1, c_in=40, c_out=100, size=(131, 129), kernel=(1, 2), padding=(0, 0), mask=False),
@@ -61,6 +72,7 @@ TURING = [
     Case("larger_groups", c_in=36, c_out=70, groups=2, deform_groups=3, size=(7, 6)),
     SEVERAL_TILES,
     SMALL_GROUPS[0],
+    *BUNDLES,
 ]
 
 
@@ -95,7 +107,7 @@ def check(programs, case, mode, operands, given=None, rounded=ROUNDED, **argumen
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
-@pytest.mark.parametrize("case", [*AWKWARD, *LARGER_GROUPS, *SMALL_GROUPS, SEVERAL_TILES], ids=str)
+@pytest.mark.parametrize("case", [*AWKWARD, *LARGER_GROUPS, *SMALL_GROUPS, *BUNDLES, SEVERAL_TILES], ids=str)
 def test_awkward_geometries(programs, case, mode):
     check(programs, case, mode, case.operands(on_cpu.dtype_of(mode)))
 
@@ -140,12 +152,14 @@ def test_second_device(programs, case, mode):
     displacement_dtype=st.sampled_from(["float32", None]),
     offset_scale=st.sampled_from([0, 0.25, 1, 8]),
     deterministic=st.booleans(),
-    larger_groups=st.booleans(),
+    kind=st.sampled_from(["any", "larger_groups", "bundles"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_random_geometries(programs, case, mode, displacement_dtype, offset_scale, deterministic, larger_groups, seed):
-    if larger_groups:
+def test_random_geometries(programs, case, mode, displacement_dtype, offset_scale, deterministic, kind, seed):
+    if kind == "larger_groups":
         case = dataclasses.replace(case, c_out=case.c_out + 16 * case.groups)
+    if kind == "bundles":
+        case = dataclasses.replace(case, c_in=24 * 4 * case.groups, groups=3 * case.groups, c_out=3 * case.c_out)
     operands = case.operands(on_cpu.dtype_of(mode), seed)
     operands["offset"] *= offset_scale
     for name in {"offset", "mask"} & operands.keys():
@@ -226,24 +240,27 @@ def test_values_that_are_not_finite_reach_what_they_touch(programs, value, deter
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_stay_in_their_group(programs, value, mode):
-    """Small groups share blocks and vectors."""
-    case = Case("not_finite", c_in=12, c_out=24, groups=12)
+@pytest.mark.parametrize("channels", [1, 8, 16])
+def test_values_that_are_not_finite_stay_in_their_group(programs, channels, value, mode):
+    """Groups that share blocks and vectors, or bundles."""
+    outputs = 2 if channels == 1 else channels
+    case = Case("not_finite", batch=1, c_in=12 * channels, c_out=12 * outputs, groups=12)
+    own_in, own_out = slice(5 * channels, 6 * channels), slice(5 * outputs, 6 * outputs)
     operands, cotangent = case.operands(on_cpu.dtype_of(mode)), case.cotangent(on_cpu.dtype_of(mode))
     y = on_cpu.run(programs, case, mode, operands)
     gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("weight",))
-    operands["x"][:, 5] = value
+    operands["x"][:, own_in] = value
     changed = on_cpu.run(programs, case, mode, operands)
     changed_gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("weight",))
-    others = [out for out in range(case.c_out) if out // 2 != 5]
-    assert not np.isfinite(np.asarray(changed[:, 10:12], np.float32)).all()
-    np.testing.assert_array_equal(changed[:, others], y[:, others])
-    np.testing.assert_array_equal(changed_gradients["weight"][others], gradients["weight"][others])
+    assert not np.isfinite(np.asarray(changed[:, own_out], np.float32)).all()
+    np.testing.assert_array_equal(np.delete(changed, own_out, 1), np.delete(y, own_out, 1))
+    others = [np.delete(g["weight"], own_out, 0) for g in (gradients, changed_gradients)]
+    np.testing.assert_array_equal(*others)
 
     operands = case.operands(on_cpu.dtype_of(mode))
     gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("x",), deterministic=True)
-    operands["weight"][10:12] = value
+    operands["weight"][own_out] = value
     changed_gradients = on_cpu.run(programs, case, mode, operands, cotangent, wanted=("x",), deterministic=True)
-    others = [channel for channel in range(case.c_in) if channel != 5]
-    assert not np.isfinite(changed_gradients["x"][:, 5]).all()
-    np.testing.assert_array_equal(changed_gradients["x"][:, others], gradients["x"][:, others])
+    assert not np.isfinite(changed_gradients["x"][:, own_in]).all()
+    others = [np.delete(g["x"], own_in, 1) for g in (gradients, changed_gradients)]
+    np.testing.assert_array_equal(*others)

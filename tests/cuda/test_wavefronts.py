@@ -6,36 +6,33 @@ import on_cpu
 import pytest
 from support.cases import Case
 
-CASE = Case("wavefronts", c_in=64, c_out=64, size=(12, 11))
+CASES = [
+    Case("plain", c_in=64, c_out=64, size=(12, 11)),
+    Case("bundles", c_in=64, c_out=64, groups=8, size=(12, 11)),
+    Case("deform_groups", c_in=64, c_out=64, deform_groups=8, size=(12, 11)),
+]
+WIDE = {"LoadMatrix4", "LoadMatrix4Transposed", "CopyAsync16", "Read16", "Write16", "Read8", "Write8"}
 
 
 @functools.cache
-def counts(programs, mode, backward):
+def counts(programs, case, mode, backward):
     dtype = on_cpu.dtype_of(mode)
-    cotangent = CASE.cotangent(dtype) if backward else None
-    return on_cpu.counts(on_cpu.run, programs, CASE, mode, CASE.operands(dtype), cotangent)
+    cotangent = case.cotangent(dtype) if backward else None
+    return on_cpu.counts(on_cpu.run, programs, case, mode, case.operands(dtype), cotangent)
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("ForwardKernel", "LoadMatrix4"),
-        ("ForwardKernel", "CopyAsync16"),
-        ("ForwardKernel", "Write16"),
-        ("GradSamplesKernel", "LoadMatrix4"),
-        ("GradSamplesKernel", "CopyAsync16"),
-        ("GradSamplesKernel", "Write16"),
-        ("GradSamplesKernel", "Read16"),
-        ("GradWeightKernel", "LoadMatrix4Transposed"),
-        ("GradWeightKernel", "CopyAsync16"),
-        ("GradWeightKernel", "Write16"),
-    ],
-)
-def test_no_bank_conflicts(programs, kernel, kind, mode):
-    if (kernel, kind, mode) == ("GradWeightKernel", "LoadMatrix4Transposed", "tf32"):
-        kind = "Read4"  # such matrices of TF32 are read by words
-    kernels = counts(programs, mode, kernel != "ForwardKernel")
-    (accesses,) = (memory["shared"][kind] for name, memory in kernels.items() if name.startswith(kernel))
-    assert accesses.instructions > 0
-    assert accesses.wavefronts == accesses.least
+@pytest.mark.parametrize("kernel", ["Forward", "GradSamples", "GradWeight"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_bank_conflicts(programs, case, kernel, mode):
+    kernels = counts(programs, case, mode, kernel != "Forward")
+    (name,) = (name for name in kernels if name.startswith(kernel))
+    assert ("Bundle" in name) == (case.groups > 1 and kernel != "GradWeight")
+    kinds = WIDE & kernels[name]["shared"].keys()
+    matrices = "LoadMatrix4Transposed" if kernel == "GradWeight" else "LoadMatrix4"
+    if (kernel, mode) == ("GradWeight", "tf32"):
+        matrices = "Read4"  # such matrices of TF32 are read by words
+    for kind in sorted(kinds | {"CopyAsync16", matrices}):
+        accesses = kernels[name]["shared"][kind]
+        assert accesses.instructions > 0
+        assert accesses.wavefronts == accesses.least, kind
