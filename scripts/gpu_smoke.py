@@ -34,18 +34,22 @@ class Check(NamedTuple):
     deterministic: bool = False  # XLA is asked for the same bits in every run
 
 
-# Tiles of every width, several of pixels, of output channels and of a group's channels; channels that are padded on
-# both sides; small groups in several tiles and parts; no mask, no bias, no images; pixels that nothing may read.
+# Tiles of every width, several of pixels, of output channels and of a group's channels; parts of the stages, as pixels
+# are few in most; channels that are padded on both sides; more taps than a table has columns; bundles of groups and small
+# groups, in several tiles and parts; no mask, no bias, no images; pixels that nothing may read.
 CHECKS = (
     Check("tiles"),
     Check("padded"),
     Check("odd"),
+    Check("many_taps"),
+    Check("bundles"),
     Check("small_groups"),
     Check("many_small_groups"),
     Check("island"),
     Check("no_images"),
     Check("tiles", deterministic=True),
     Check("padded", deterministic=True),
+    Check("bundles", deterministic=True),
     Check("small_groups", deterministic=True),
     Check("wide_128"),
     Check("wide_256"),
@@ -61,7 +65,7 @@ TF32_TOLERANCE = 8e-4
 def cases() -> dict[str, Any]:
     from support.cases import ISLAND, Case
 
-    # The wide tiles want more than 128 blocks of 128 pixels.
+    # The wide tiles want more than 132 blocks of 128 pixels.
     many_pixels = dict(batch=1, c_in=8, size=(131, 129), kernel=(1, 1), padding=(0, 0), mask=False)
     all_cases = (
         Case("tiles", batch=1, c_in=40, c_out=264, size=(13, 17)),
@@ -78,6 +82,8 @@ def cases() -> dict[str, Any]:
             mask=False,
             bias=False,
         ),
+        Case("many_taps", batch=1, c_in=72, c_out=40, size=(9, 10), kernel=(4, 5), padding=(2, 2), deform_groups=3),
+        Case("bundles", batch=1, c_in=80, c_out=65, size=(13, 17), groups=5, deform_groups=5),
         Case("small_groups", c_in=36, c_out=60, groups=12, deform_groups=9),
         Case(
             "many_small_groups",

@@ -172,6 +172,7 @@ struct ProductGrads {
       const int next = slot + 1 < memory.slots ? slot + 1 : 0;
       const bool more = !memory.keeps && stage + 1 < stages;
       if (more && next != slot) copy(stage + 1, next);
+      SyncWarp();  // a copy may branch, and the product is of whole warps
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         product.template Add<2>(left + slot * kLeftSize, right + slot * kRightSize, half);

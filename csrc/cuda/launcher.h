@@ -2,10 +2,9 @@
 
 #pragma once
 
-#include <algorithm>
 #include <limits>
-#include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "kernels.h"
@@ -39,23 +38,21 @@ class CurrentDevice {
   cudaError_t error_;
 };
 
-// Loads a kernel into a device, which is the current one, unless that was done, for blocks with no less shared memory:
-// XLA asks before every execution.
+// Loads a kernel into a device, which is the current one, unless that was done: XLA asks before every execution. Its
+// blocks may have `shared_bytes`, all that there are, as calls differ in what they need and may come at the same time.
 inline cudaError_t LoadOnce(int device, const void* kernel, int shared_bytes) {
   // They live as long as the process, as XLA's threads do.
   static std::mutex& mutex = *new std::mutex;
-  static auto& loaded = *new std::map<std::pair<int, const void*>, int>;  // their shared memory
+  static auto& loaded = *new std::set<std::pair<int, const void*>>;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = loaded.find({device, kernel});
-    if (found != loaded.end() && found->second >= shared_bytes) return cudaSuccess;
+    if (loaded.count({device, kernel}) != 0) return cudaSuccess;
   }
   // Without the lock, as it may wait for kernels that run.
   const cudaError_t error = Load(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& bytes = loaded[{device, kernel}];
-  bytes = std::max(bytes, shared_bytes);
+  loaded.insert({device, kernel});
   return cudaSuccess;
 }
 
@@ -76,7 +73,7 @@ class Launcher {
   void Run(const char* what, void (*kernel)(Parameters...), int64_t blocks, int shared_bytes,
            const Arguments&... arguments) {
     if (status_.error != cudaSuccess || blocks == 0) return;
-    Check(what, LoadOnce(device_, reinterpret_cast<const void*>(kernel), shared_bytes));
+    Check(what, LoadOnce(device_, reinterpret_cast<const void*>(kernel), shared_bytes_));
     if (status_.error != cudaSuccess || load_only_) return;
     const bool fits = blocks <= std::numeric_limits<int32_t>::max();
     Check(what, fits
