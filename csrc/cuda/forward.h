@@ -91,10 +91,10 @@ class SampleRows {
   JAX_DCN_DEVICE void Next(int stage) {
     position_ += kRowVectors;
     if (position_ < end_) {
-      Place();
+      FindColumn();
     } else {
       const SampleOrder::Place place = order_.At(stage, Lane());
-      Place(place, end_ == 0 || place.table != order_.At(stage - 1, Lane()).table);
+      EnterChunk(place, end_ == 0 || place.table != order_.At(stage - 1, Lane()).table);
     }
   }
 
@@ -135,7 +135,7 @@ class SampleRows {
   static JAX_DCN_DEVICE int Row(int round, int i) { return ThreadIndex() / kRowVectors + (round * kOwn + i) * kApart; }
 
   // Goes on in another chunk, perhaps of a table that is to be filled.
-  JAX_DCN_DEVICE void Place(const SampleOrder::Place& place, bool locate) {
+  JAX_DCN_DEVICE void EnterChunk(const SampleOrder::Place& place, bool locate) {
     position_ = place.position;
     width_ = place.width;
     end_ = place.taps * place.width;
@@ -145,17 +145,20 @@ class SampleRows {
       table_.Locate(p_, samples_, first_pixel_, place.first_tap, segment, order_.units(), place.taps * order_.units());
       SyncThreads();
     }
-    Place();
+    FindColumn();
   }
 
   // The column and channel of the thread's vectors.
-  JAX_DCN_DEVICE void Place() {
+  JAX_DCN_DEVICE void FindColumn() {
     const int tap = width_ == kRowVectors ? position_ / kRowVectors : position_ / width_;
     const int vector = position_ - tap * width_;
     channel_ = chunk_ + vector * kVector<T>;
     const int units = order_.units();
     column_ = units == 1 ? tap : tap * units + vector / order_.unit;  // several are of one chunk
-    if (position_ >= end_ || channel_ >= p_.c_in) column_ = -1;       // the last bundle may have fewer groups
+    if (position_ >= end_ || channel_ >= p_.c_in) {                   // the last bundle may have fewer groups
+      column_ = -1;
+      channel_ = 0;
+    }
   }
 
   const Problem& p_;
@@ -165,9 +168,8 @@ class SampleRows {
   const int64_t first_pixel_;
   const int first_channel_;
 
-  // The chunk: its first channel and, in the segment, vector, its vectors, and those at all taps; and where in these
-  // the thread is.
-  int chunk_, vector_, width_, end_ = 0, position_ = 0;
+  // The chunk: its first channel, its vectors, and those at all taps; and where in these the thread is.
+  int chunk_, width_, end_ = 0, position_ = 0;
   int column_, channel_;  // -1: nothing is there
   Vector16 corner_[kOwn][kCorners];
 };
