@@ -52,6 +52,7 @@ SMALL_GROUPS = [
 BUNDLES = [
     Case("groups_of_4", batch=1, c_in=36, c_out=36, groups=9, deform_groups=3),
     Case("groups_of_8", c_in=72, c_out=72, groups=9, size=(7, 6)),
+    Case("groups_of_8_deform_groups_of_16", batch=1, c_in=80, c_out=80, groups=10, deform_groups=5),
     Case("groups_of_8_and_5", batch=1, c_in=128, c_out=80, groups=16, kernel=(2, 2), padding=(0, 0), bias=False),
     Case("groups_of_16", batch=1, c_in=80, c_out=80, groups=5, size=(14, 11), mask=False),
     Case("groups_of_15_and_13", batch=1, c_in=75, c_out=65, groups=5, deform_groups=5),
@@ -119,6 +120,26 @@ def test_wide_tiles(programs, case, mode, architecture):
     operands = case.operands(on_cpu.dtype_of(mode))
     y = on_cpu.run(programs, case, mode, operands, architecture=architecture)
     assert_close(mode, y, by_definition(case, operands), "y", by_definition(case, absolute(operands)))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_tf32_operands_are_rounded_to_nearest(programs, groups):
+    """Tensor cores would truncate them. Samples are pixels here, and groups of eight channels are in bundles."""
+    case = Case("tf32", c_in=32, c_out=32, groups=groups, kernel=(1, 1), padding=(0, 0), mask=False)
+    operands, cotangent = case.operands("float32"), case.cotangent("float32")
+    operands["offset"][:] = 0
+
+    def nearest(a):
+        return ((a.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+    rounded = {**operands, "x": nearest(operands["x"]), "weight": nearest(operands["weight"])}
+    y = on_cpu.run(programs, case, "tf32", operands)
+    np.testing.assert_array_equal(y, on_cpu.run(programs, case, "tf32", rounded))
+    wanted = ("x", "weight")
+    gradients = on_cpu.run(programs, case, "tf32", operands, cotangent, wanted)
+    expected = on_cpu.run(programs, case, "tf32", rounded, nearest(cotangent), wanted)
+    for name in wanted:
+        np.testing.assert_array_equal(gradients[name], expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
