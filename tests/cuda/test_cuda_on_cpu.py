@@ -54,6 +54,7 @@ BUNDLES = [
     Case("groups_of_8", c_in=72, c_out=72, groups=9, size=(7, 6)),
     Case("groups_of_8_deform_groups_of_16", batch=1, c_in=80, c_out=80, groups=10, deform_groups=5),
     Case("groups_of_8_and_5", batch=1, c_in=128, c_out=80, groups=16, kernel=(2, 2), padding=(0, 0), bias=False),
+    Case("groups_of_8_and_5_of_few_taps", batch=1, c_in=72, c_out=45, groups=9, kernel=(1, 2), padding=(0, 0)),
     Case("groups_of_16", batch=1, c_in=80, c_out=80, groups=5, size=(14, 11), mask=False),
     Case("groups_of_15_and_13", batch=1, c_in=75, c_out=65, groups=5, deform_groups=5),
     Case("groups_of_32", batch=1, c_in=96, c_out=96, groups=3, deform_groups=2, stride=(2, 1)),

@@ -2,7 +2,7 @@
 
 import on_cpu
 import pytest
-from support.cases import Case
+from support.cases import OPERANDS, Case
 
 FAULTS = {
     "no_barrier": "without a barrier between|never written",
@@ -38,27 +38,45 @@ def test_sound_kernels_pass(programs, name, seed):
 
 
 # Faults planted into the facilities while the real kernels run: the number of a Fault in device_on_cpu.h, which call
-# of it. A dropped barrier is one of several kernels' in the backward.
+# of it in every block.
 UNORDERED = "without a barrier between|never written|while a CopyAsync16|not all threads come"
 PLANTED = {
     **{f"barrier_{n}": ((1, n), UNORDERED) for n in range(6)},
-    "barrier_of_one": ((2, 1), UNORDERED),
+    "barrier_of_one": ((2, 1), f"{UNORDERED}|waits at SyncThreads"),
     **{f"wait_{n}": ((3, n), "while a CopyAsync16") for n in range(2)},
     "shared_address": ((4, 1), "are outside the .* bytes of shared memory"),
     "global_address": ((5, 0), "heap-buffer-overflow"),
 }
 
+# Where they are planted: a case, the wanted gradients, or None for the result, and the device. In "backward" it is one
+# of several kernels that a fault is found in; the gradients of samples are of one kernel with barriers, which goes
+# through its stages in a way of its own where shared memory is for all, for two or for one.
+PLAIN = Case("plain", c_in=32, c_out=32, size=(9, 11))
+SEVERAL_TABLES = Case("several_tables", c_in=8, c_out=32, kernel=(5, 5), padding=(2, 2), size=(9, 11))
+GROUPS_OF_8 = Case("groups_of_8", c_in=128, c_out=128, groups=16, size=(9, 11))
+SAMPLES = ("x", "offset", "mask")
+PLACES = {
+    "forward": (PLAIN, None, 0),
+    "forward_several_tables": (SEVERAL_TABLES, None, 0),
+    "forward_bundles": (GROUPS_OF_8, None, 0),
+    "backward": (PLAIN, OPERANDS, 0),
+    "samples_all_stages": (Case("all_stages", c_in=128, c_out=64, size=(9, 11)), SAMPLES, 0),
+    "samples_two_stages": (Case("two_stages", c_in=32, c_out=288, size=(9, 11)), SAMPLES, 0),
+    "samples_one_stage": (Case("one_stage", c_in=128, c_out=128, size=(9, 11)), SAMPLES, 1),
+    "samples_bundles": (GROUPS_OF_8, SAMPLES, 0),
+}
+
 
 @pytest.mark.parametrize("mode", ["tf32", "bfloat16"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", PLANTED)
-def test_faults_in_the_kernels_are_found(programs, name, backward, mode):
+def test_faults_in_the_kernels_are_found(programs, name, place, mode):
     fault, message = PLANTED[name]
-    case = Case("planted", c_in=32, c_out=32, size=(9, 11))
+    case, wanted, device = PLACES[place]
     operands = case.operands(on_cpu.dtype_of(mode))
-    cotangent = case.cotangent(on_cpu.dtype_of(mode)) if backward else None
+    cotangent = case.cotangent(on_cpu.dtype_of(mode)) if wanted else None
     with pytest.raises(on_cpu.Failure, match=message):
-        on_cpu.run(programs, case, mode, operands, cotangent, fault=fault)
+        on_cpu.run(programs, case, mode, operands, cotangent, wanted or (), fault=fault, device=device)
 
 
 # An access of a warp (what it does, the bytes of an element, the elements from one lane's to the next's, and how many
