@@ -435,7 +435,7 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, sizeof(T) == 8 ? 1 : 2)
     }
   };
 
-  // Writes the gradients of a deform group's offset and mask, and begins the sums of the next.
+  // Writes the gradients of a deform group's offset and mask, and begins the sums of the next. A barrier must follow.
   const auto finish = [&](int deform_group) {
     SyncWarp();
     if (owns_row && first_pixel + own_row < p.pixels) {
@@ -452,7 +452,6 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, sizeof(T) == 8 ? 1 : 2)
       if (grad_mask.data != nullptr) StoreElement(grad_mask, i, valid ? Interpolate(corners, ly, lx) : Real(0));
     }
     if (owns_row) sums.Clear(own_row);
-    SyncWarp();
   };
 
   int located_group = -1;
@@ -466,11 +465,11 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, sizeof(T) == 8 ? 1 : 2)
       const int deform_end = (deform_group + 1) * p.deform_in;
       const int run_end = deform_end < end ? deform_end : end;
       if (deform_group != located_group) {
-        SyncThreads();
+        if (begin != first) SyncThreads();
         if (thread < kRows) located.Locate(thread, p, samples, first_pixel + thread, p.pixels, tap, deform_group);
         located_group = deform_group;
       }
-      if (begin == first || deform_group * p.deform_in == begin) SyncThreads();
+      SyncThreads();
       visit(begin, run_end, first);
       if (run_end == deform_end && want_sums) finish(deform_group);
       begin = run_end;
