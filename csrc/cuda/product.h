@@ -22,7 +22,7 @@ JAX_DCN_DEVICE int64_t GlobalThread() { return int64_t{BlockIndex().x} * kThread
 inline constexpr int kRowVectors = 8;
 template <class T>
 inline constexpr int kStage = kRowVectors * kVector<T>;  // elements of k
-JAX_DCN_INLINE int RowVector(int row, int vector) { return row * kRowVectors + (vector ^ (row & (kRowVectors - 1))); }
+JAX_DCN_DEVICE int RowVector(int row, int vector) { return row * kRowVectors + (vector ^ (row & (kRowVectors - 1))); }
 
 // A transposed stage is so many k, a pitch apart, in vectors. Those of TF32 are read by words: eight of each of four k,
 // which a pitch of 8 words more than all banks separates.
