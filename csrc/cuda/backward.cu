@@ -13,8 +13,8 @@ namespace jax_dcn {
 namespace cuda {
 namespace {
 
-// Four blocks for each of an H200's 132 processors, so that an uneven share costs little.
-constexpr int64_t kWeightBlocks = 528;
+// Four for each processor, so that an uneven share costs little.
+constexpr int64_t kWeightBlocks = 4 * kProcessors;
 
 // Parts of 64 stages of some pixels each at least, with sums of no more than 64 MB, which are written and read once.
 // `blocks` and `bytes` are of a part.

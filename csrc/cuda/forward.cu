@@ -115,16 +115,16 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
                  CeilDiv(p.pixels, kTilePixels) * plan.small_groups.tiles(), SampleTiles<Accumulation<T>>::kBytes, p,
                  plan.small_groups, samples, weight, bias, y);
   } else {
-    const int shared_bytes = plan.packed.order.table_columns() * SampleTable<T>::kPitch;
-    const auto run = [&](const auto& kernel, int product_bytes) {
-      launcher.Run("Forward", kernel, plan.blocks(), product_bytes + shared_bytes, p, samples, plan.packed, plan.parts,
-                   plan.weights, bias, y, plan.sums);
+    const int table_columns = plan.packed.order.table_columns();
+    const auto run = [&](const auto& kernel, int shared_bytes) {
+      launcher.Run("Forward", kernel, plan.blocks(), shared_bytes, p, samples, plan.packed, plan.parts, plan.weights,
+                   bias, y, plan.sums);
     };
     if constexpr (A::kBundles) {
-      run(ForwardBundleKernel<T, Tag>, kProductSharedBytes<T, kBundleColumns, false>);
+      run(ForwardBundleKernel<T, Tag>, ForwardSharedBytes<T, kBundleColumns>(table_columns));
     } else {
       WithColumns<A::kColumns>(plan.packed.columns, [&](auto columns) {
-        run(ForwardKernel<T, Tag, columns>, kProductSharedBytes<T, columns, false>);
+        run(ForwardKernel<T, Tag, columns>, ForwardSharedBytes<T, columns>(table_columns));
       });
     }
     if (plan.parts.parts > 1) {
