@@ -59,6 +59,7 @@ struct Problem {
         image_out(g.image_out()),
         pixels(g.pixels()) {}
 
+  // The channels of a run of so many groups together that shares a deform group.
   int UnitOf(int count) const {
     return deform_groups == 1 ? count * group_in : GreatestCommonDivisor(count * group_in, deform_in);
   }

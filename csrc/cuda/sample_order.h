@@ -9,7 +9,7 @@ namespace jax_dcn {
 namespace cuda {
 
 // The order of k, the taps and channels of a bundle of weight groups, in the forward product. Samples are located
-// before they are made, in a table with a column for each tap and unit (a run of channels that share their groups).
+// before they are made, in a table with a column for each tap and unit (a run of channels that share a deform group).
 // Tables take so many columns, so the channels come in segments, the taps of a segment in windows, and a segment and a
 // window fill one table. In these, chunks of up to a stage's channels come outside and taps inside: what a block reads
 // meanwhile, a chunk's 128 bytes of some rows of the image, stays in the L1 cache. All lengths of channels are in
