@@ -188,10 +188,14 @@ def workspace_of(text):
     return int(sole_call(text)[3][-1].removesuffix("xui8"))
 
 
+# Blocks share its stages where images are few and small.
+MANY_CHANNELS = Case("many_channels", c_in=128, c_out=264)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
 @pytest.mark.parametrize("symbolic", ["n", "h, w", "n, h, w"])
-@pytest.mark.parametrize("case", [CASE, TORCHVISION], ids=str)
+@pytest.mark.parametrize("case", [CASE, TORCHVISION, MANY_CHANNELS], ids=str)
 def test_workspace_for_any_sizes_is_enough_for_each(case, symbolic, flags, dtype, monkeypatch):
     """A program exported for any sizes has work space for those that it gets, not for the largest."""
     monkeypatch.setenv("XLA_FLAGS", flags)
