@@ -49,20 +49,25 @@ template <class Real>
 inline constexpr int kGradPitch = kChannels<Real> + 8;
 
 // A block's shared memory. It has `slots` stages of grad_y and as many of the weight: all of a group's, so that grad_y
-// stays there for all products of the block's pixels, if two blocks still fit a processor; else two stages that are
-// filled in turn, or where there is little memory one. The gradients come where the weight was, or where both were.
+// stays there for all products of the block's pixels, or else two that are filled in turn, or one; the first of these
+// that leaves memory for a second block on the processor, or if none does that fits. The gradients come where the
+// weight was, or where both were.
 template <class T>
 struct GradSamplesMemory {
   using Real = Accumulation<T>;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // doubles leave no registers for a second one
   int slots;
   bool keeps;
   int grads, located, sums, bytes;  // where they begin, and the end
 
+  // Where a block may have `shared_bytes`: what a processor has, less 1 KB, which CUDA takes for each block.
   GradSamplesMemory(int stages, int shared_bytes) {
-    // What two blocks of a processor have on any device, if one may have `shared_bytes`: CUDA takes 1 KB for each.
-    const int most = (shared_bytes - (1 << 10)) / 2;
-    *this = GradSamplesMemory(stages, true);
-    for (int fewer = 2; bytes > most && fewer > 0; --fewer) *this = GradSamplesMemory(fewer, false);
+    for (int blocks = kBlocks; blocks > 0; --blocks) {
+      const int most = (shared_bytes - (blocks - 1) * (1 << 10)) / blocks;
+      *this = GradSamplesMemory(stages, true);
+      for (int fewer = 2; bytes > most && fewer > 0; --fewer) *this = GradSamplesMemory(fewer, false);
+      if (bytes <= most) return;
+    }
   }
 
  private:
@@ -192,7 +197,7 @@ struct ProductGrads {
 template <class T_, class Tag>
 struct BundleGrads {
   using T = T_;
-  static constexpr int kVisited = 2;
+  static constexpr int kVisited = kOnTensorCores<Tag> ? 2 : 1;
 
   const T* grad_y;
   const Vector16* weights;
@@ -355,10 +360,9 @@ class CornerSums {
   int byte_, threads_;
 };
 
-// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted. Doubles leave no registers for a
-// second block.
+// grad_x is padded; null, like the data of grad_offset and grad_mask, if not wanted.
 template <class Grads, class T = typename Grads::T>
-JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, sizeof(T) == 8 ? 1 : 2)
+JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, GradSamplesMemory<T>::kBlocks)
     GradSamplesKernel(Problem p, GradSamplesMemory<T> memory, Samples<T> samples, Grads make_grads,
                       Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
   using Real = Accumulation<T>;

@@ -271,10 +271,10 @@ inline float RoundToTF32(float value) {
   return !kTuring && std::isfinite(value) ? BitsFloat((FloatBits(value) + 0x1000) & 0xffffe000) : value;
 }
 
-// What a block may have on the devices of 7.5, and of 9.0. The second device is of 7.5 in this, so that it is told from
-// the first.
-inline constexpr int kLeastSharedBytes = 64 << 10;
-inline constexpr int kMostSharedBytes = kTuring ? kLeastSharedBytes : 227 << 10;
+// What a block may have: on the devices of 7.5, all of them; since, the first is of 9.0 in this, and the second of 8.6,
+// 8.9 and 12.0, which have the least.
+inline constexpr int kMostSharedBytes = kTuring ? 64 << 10 : 227 << 10;
+inline constexpr int kLeastSharedBytes = kTuring ? 64 << 10 : 99 << 10;
 
 inline cudaError_t MostSharedBytes(int device, int* bytes) {
   *bytes = device == 0 ? kMostSharedBytes : kLeastSharedBytes;
