@@ -205,6 +205,7 @@ WorkspaceSize BackwardWorkspace(const Geometry& geometry, const WantedGradients&
 Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* workspace, const Options& options,
                 int device, cudaStream_t stream) {
   Launcher launcher(device, stream, options.load_only);
+  if (launcher.status().error != cudaSuccess) return launcher.status();
   return WithArithmetic(geometry, arrays.x.dtype, options.precision, [&](auto a) {
     return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, launcher);
   });

@@ -147,6 +147,7 @@ WorkspaceSize ForwardWorkspace(const Geometry& geometry, DType dtype, const Opti
 Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* workspace, const Options& options,
                int device, cudaStream_t stream) {
   Launcher launcher(device, stream, options.load_only);
+  if (launcher.status().error != cudaSuccess) return launcher.status();
   return WithArithmetic(geometry, arrays.x.dtype, options.precision,
                         [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, launcher); });
 }

@@ -277,6 +277,7 @@ inline constexpr int kMostSharedBytes = kTuring ? 64 << 10 : 227 << 10;
 inline constexpr int kLeastSharedBytes = kTuring ? 64 << 10 : 99 << 10;
 
 inline cudaError_t MostSharedBytes(int device, int* bytes) {
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
   *bytes = device == 0 ? kMostSharedBytes : kLeastSharedBytes;
   return cudaSuccess;
 }

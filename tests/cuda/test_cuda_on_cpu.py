@@ -163,6 +163,14 @@ def test_second_device(programs, case, mode):
         np.testing.assert_array_equal(y[0], y[1])
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_device_that_is_not_there_is_an_error(programs, backward):
+    operands = SEVERAL_TILES.operands("float32")
+    cotangent = SEVERAL_TILES.cotangent("float32") if backward else None
+    with pytest.raises(on_cpu.Failure, match="exit status 4\nthe device: invalid device ordinal"):
+        on_cpu.run(programs, SEVERAL_TILES, "float32", operands, cotangent, device=2)
+
+
 @settings(
     SETTINGS,
     # `programs` is of the session, but tests/conftest.py's fixtures are not asked for.
