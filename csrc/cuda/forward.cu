@@ -64,10 +64,11 @@ struct ForwardPlan {
     const auto bytes = [](auto columns) { return ForwardSharedBytes<T, columns>(kTableColumns); };
     return TileColumns<A::kColumns>(problem.group_out, shared_bytes, bytes);
   }
-  // The narrowest tiles leave the least memory where devices have little.
+  // All, or what the narrowest tiles leave where devices have the least memory; nothing between, as the work space must
+  // do for any device.
   static int TableColumns(int shared_bytes) {
-    const int left = shared_bytes - ForwardSharedBytes<T, 64>(0);
-    return std::min(kTableColumns, left / SampleTable<T>::kPitch);
+    if (ForwardSharedBytes<T, 64>(kTableColumns) <= shared_bytes) return kTableColumns;
+    return (kLeastSharedBytes - ForwardSharedBytes<T, 64>(0)) / SampleTable<T>::kPitch;
   }
 
   // Where so few blocks came out that processors stood idle, parts of the stages have blocks of their own, unless they

@@ -56,6 +56,7 @@ template <class T>
 struct GradSamplesMemory {
   using Real = Accumulation<T>;
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // doubles leave no registers for a second one
+  static constexpr int kMostKept = 8;                     // 192 KB, and more fit no device
   int slots;
   bool keeps;
   int grads, located, sums, bytes;  // where they begin, and the end
@@ -64,7 +65,7 @@ struct GradSamplesMemory {
   GradSamplesMemory(int stages, int shared_bytes) {
     for (int blocks = kBlocks; blocks > 0; --blocks) {
       const int most = (shared_bytes - (blocks - 1) * (1 << 10)) / blocks;
-      *this = GradSamplesMemory(stages, true);
+      *this = stages <= kMostKept ? GradSamplesMemory(stages, true) : GradSamplesMemory(2, false);
       for (int fewer = 2; bytes > most && fewer > 0; --fewer) *this = GradSamplesMemory(fewer, false);
       if (bytes <= most) return;
     }

@@ -62,11 +62,13 @@ class WorkspaceCarver {
   WorkspaceSize size_;
 };
 
+// What a block may have on the devices that have the least, those of 7.5.
+inline constexpr int kLeastSharedBytes = 64 << 10;
+
 // The larger of what function(shared memory of a block) gives for the devices that have the least and the most.
 template <class Function>
 WorkspaceSize OnAnyDevice(const Function& function) {
-  constexpr int kLeast = 64 << 10;
-  const WorkspaceSize least = function(kLeast);
+  const WorkspaceSize least = function(kLeastSharedBytes);
   const WorkspaceSize most = function(std::numeric_limits<int>::max());
   return {std::max(least.bytes, most.bytes), std::max(least.constant, most.constant),
           std::max(least.per_input_pixel, most.per_input_pixel),

@@ -274,11 +274,11 @@ inline float RoundToTF32(float value) {
 // What a block may have: on the devices of 7.5, all of them; since, the first is of 9.0 in this, and the second of 8.6,
 // 8.9 and 12.0, which have the least.
 inline constexpr int kMostSharedBytes = kTuring ? 64 << 10 : 227 << 10;
-inline constexpr int kLeastSharedBytes = kTuring ? 64 << 10 : 99 << 10;
+inline constexpr int kSecondSharedBytes = kTuring ? 64 << 10 : 99 << 10;
 
 inline cudaError_t MostSharedBytes(int device, int* bytes) {
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  *bytes = device == 0 ? kMostSharedBytes : kLeastSharedBytes;
+  *bytes = device == 0 ? kMostSharedBytes : kSecondSharedBytes;
   return cudaSuccess;
 }
 
