@@ -35,8 +35,8 @@ class Check(NamedTuple):
 
 
 # Tiles of every width, several of pixels, of output channels and of a group's channels; parts of the stages, as pixels
-# are few in most; channels that are padded on both sides; more taps than a table has columns; bundles of groups and small
-# groups, in several tiles and parts; no mask, no bias, no images; pixels that nothing may read.
+# are few in most; channels that are padded on both sides; more taps than a table has columns; bundles of groups and
+# small groups, in several tiles and parts; no mask, no bias, no images; pixels that nothing may read.
 CHECKS = (
     Check("tiles"),
     Check("padded"),

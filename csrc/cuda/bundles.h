@@ -96,19 +96,16 @@ class TensorBundleProduct {
   float sums_[kTiles][4];
 };
 
-// By multiplications and additions of float. Thread (i, j) of 16 x 16 holds every 16th row from i on and every 16th
-// column from j on.
+// By multiplications and additions of float.
 template <class T>
-class PlainBundleProduct {
+class PlainBundleProduct : public PlainProduct<T, kBundleColumns, false> {
+  using Base = PlainProduct<T, kBundleColumns, false>;
+  using Base::kAcross, Base::kDown, Base::kSide, Base::sums_;
+
  public:
-  static constexpr int kRun = 1;
   static constexpr bool kPartsDiffer = true;
 
-  JAX_DCN_DEVICE explicit PlainBundleProduct(BundleShape shape) : shape_(shape) {
-    for (auto& row : sums_) {
-      for (float& sum : row) sum = 0;
-    }
-  }
+  JAX_DCN_DEVICE explicit PlainBundleProduct(BundleShape shape) : shape_(shape) {}
 
   template <int kParts>
   JAX_DCN_DEVICE void Add(Shared<const Vector16> left, Shared<const Vector16> right, int part) {
@@ -129,25 +126,8 @@ class PlainBundleProduct {
     }
   }
 
-  template <class Function>
-  JAX_DCN_DEVICE void ForEach(const Function& function) const {
-#pragma unroll
-    for (int i = 0; i < kDown; ++i) {
-#pragma unroll
-      for (int j = 0; j < kAcross; ++j) {
-        const float values[kRun] = {sums_[i][j]};
-        function(ThreadIndex() / kSide + i * kSide, ThreadIndex() % kSide + j * kSide, values);
-      }
-    }
-  }
-
  private:
-  static constexpr int kSide = 16;
-  static constexpr int kDown = kRows / kSide;
-  static constexpr int kAcross = kBundleColumns / kSide;
-
   BundleShape shape_;
-  float sums_[kDown][kAcross];
 };
 
 template <class T, class Tag, bool kRoundLeft = false>

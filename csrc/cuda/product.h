@@ -203,7 +203,7 @@ class PlainProduct {
     }
   }
 
- private:
+ protected:
   static constexpr int kSide = 16;
   static constexpr int kDown = kRows / kSide;
   static constexpr int kAcross = kColumns / kSide;
