@@ -3,8 +3,8 @@
 Blocks are those of 256 threads that the registers let a multiprocessor hold. Instructions are counted in the whole
 kernel and, by class, in the loops that should take the most time: of products, which is the loop with the most tensor
 core instructions, or multiply-adds in a kernel without any, and of atomics. Loops are those that hold no other one with
-such instructions. "+1" is the loop around it without it, "+2" the one around that, and so on. All that stands in a loop
-counts, also what it branches around, and what it does most times.
+such instructions. "+1" is the loop around it without it, "+2" the one around that, and so on. Every instruction of a
+loop's body counts once, whether or not it is run each time.
 """
 
 from __future__ import annotations

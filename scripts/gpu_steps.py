@@ -285,6 +285,8 @@ def benchmark(machine: Machine, name: str, *arguments: str, seconds: float) -> R
     report = json.loads((folder / "results.json").read_text())
     page = (folder / "table.md").read_text()
     page = page[page.index("Medians of") :]  # without the environment and the goals, which the summary has
+    if "baseline" in report["builds"]:
+        page = f"Baseline: commit {report['builds']['baseline']['commit']}. {page}"
     machine.measurements += report["measurements"]
     measured = [m for m in report["measurements"] if "milliseconds" in m]
     failures = own_failures(report)
