@@ -11,7 +11,7 @@ struct Geometry {
   int64_t h_out, w_out, c_out;
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
-  int64_t padding_h, padding_w;
+  int64_t padding_h, padding_w;  // before the first row and column; that after the last only makes h_out and w_out
   int64_t dilation_h, dilation_w;
   int64_t groups, deform_groups;
 

@@ -5,20 +5,26 @@ Everything behind the public functions may assume operands that passed `check_op
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
-from jax_dcn._operator.geometry import MAX_PIXELS, MAX_WEIGHTS, Geometry, Pair
+from jax_dcn._operator.geometry import MAX_PIXELS, MAX_WEIGHTS, Geometry, Padding, Pair
 
 DATA_FORMATS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 IMPLEMENTATIONS = ("native", "xla")
+PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+PaddingLike = str | int | Sequence[int | Sequence[int]]
 
 
 def to_array(name: str, argument: str, value: Any) -> jax.Array:
@@ -32,19 +38,19 @@ def to_array(name: str, argument: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def to_integer(name: str, argument: str, value: Any) -> int:
-    """An int, of Python, numpy or JAX, but no bool."""
+def to_integer(name: str, argument: str, value: Any, forms: str = "an integer") -> int:
+    """An int, of Python, numpy or JAX, but no bool. `forms` tells what the argument may be."""
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}")
+        raise TypeError(f"{name}: {argument} must be {forms}, got {value!r}")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name}: {argument} must be {forms}, got {value!r}") from None
 
 
 def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     """An int or a pair of ints as (height, width), each at least `minimum`."""
-    values = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else (value, value)
+    values = tuple(value) if _is_sequence(value) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name}: {argument} must be an integer or a pair (height, width), got {value!r}")
     height, width = (to_integer(name, argument, v) for v in values)
@@ -54,6 +60,57 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     if max(pair) > MAX_PIXELS:
         raise ValueError(f"{name}: {argument} must be at most {MAX_PIXELS}, got {value!r}")
     return pair
+
+
+def to_padding(name: str, value: Any) -> str | tuple[int | Pair, int | Pair]:
+    """One of PADDINGS, of any case, or an int for both axes, or for each an int for both sides or these two."""
+    forms = f"an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of {PADDINGS}"
+    if isinstance(value, str):
+        if value.upper() not in PADDINGS:
+            raise ValueError(f"{name}: padding must be {forms}, got {value!r}")
+        return value.upper()
+    axes = tuple(value) if _is_sequence(value) else (value, value)
+    if len(axes) != 2 or any(_is_sequence(axis) and len(axis) != 2 for axis in axes):
+        raise ValueError(f"{name}: padding must be {forms}, got {value!r}")
+
+    def to_sides(axis: Any) -> int | Pair:
+        if not _is_sequence(axis):
+            return to_integer(name, "padding", axis, forms)
+        before, after = (to_integer(name, "padding", side, forms) for side in axis)
+        return before, after
+
+    height, width = map(to_sides, axes)
+    every = [side for axis in (height, width) for side in _sides(axis)]
+    if min(every) < 0:
+        raise ValueError(f"{name}: padding must be at least 0, got {value!r}")
+    if max(every) > MAX_PIXELS:
+        raise ValueError(f"{name}: padding must be at most {MAX_PIXELS}, got {value!r}")
+    return height, width
+
+
+def explicit_padding(
+    name: str, padding: str | tuple[int | Pair, int | Pair], size: Sequence[int], extent: Pair, stride: Pair
+) -> Padding:
+    """What `to_padding` gave, for all sides. What a name means for an image of this size is JAX's affair."""
+    if not isinstance(padding, str):
+        height, width = map(_sides, padding)
+        return height, width
+    (top, bottom), (left, right) = lax.padtype_to_pads(size, extent, stride, padding)
+    # Sizes that are symbolic may make it so.
+    if not all(isinstance(side, int) for side in (top, bottom, left, right)):
+        raise ValueError(
+            f"{name}: padding {padding!r} with stride {stride} depends on the image's size, which is symbolic here, "
+            f"{size[0]} x {size[1]}: give pairs ((top, bottom), (left, right)) instead"
+        )
+    return (top, bottom), (left, right)
+
+
+def _sides(padding: int | Pair) -> Pair:
+    return padding if isinstance(padding, tuple) else (padding, padding)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def to_count(name: str, argument: str, value: Any) -> int:
@@ -160,6 +217,14 @@ def _check_per_pixel(
         )
 
 
+def _less(size: int, bound: int) -> bool:
+    """Whether size < bound, whatever symbolic sizes there are. The kernels check again when these are known."""
+    try:
+        return size < bound
+    except core.InconclusiveDimensionOperation:
+        return False
+
+
 def check_operands(
     name: str,
     x: Any,
@@ -188,10 +253,10 @@ def check_operands(
     _check_dtypes(name, operands)
 
     nchw = data_format == "NCHW"
+    asked = to_padding(name, padding)
     geometry = Geometry(
         kernel_size=tuple(weight.shape[2:] if nchw else weight.shape[:2]),
         stride=to_pair(name, "stride", stride, 1),
-        padding=to_pair(name, "padding", padding, 0),
         dilation=to_pair(name, "dilation", dilation, 1),
         groups=to_count(name, "groups", groups),
         deform_groups=to_count(name, "deform_groups", deform_groups),
@@ -201,16 +266,18 @@ def check_operands(
     c_in, height, width = x.shape[1:] if nchw else (x.shape[3], x.shape[1], x.shape[2])
     _check_weight(name, weight, bias, c_in, geometry, data_format)
 
-    if height < 1 or width < 1:
+    if _less(height, 1) or _less(width, 1):
         raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
-    padded = [n + 2 * p for n, p in zip((height, width), geometry.padding, strict=True)]
-    if max((height + 1) * width, *padded) >= MAX_PIXELS:
+    explicit = explicit_padding(name, asked, (height, width), geometry.extent, geometry.stride)
+    geometry = dataclasses.replace(geometry, padding=explicit)
+    padded = [n + sum(p) for n, p in zip((height, width), geometry.padding, strict=True)]
+    if any(_less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *padded)):
         raise ValueError(
             f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
             f"{height} x {width} with padding {geometry.padding}"
         )
     out = geometry.output_size(height, width)
-    if min(out) < 1:
+    if any(_less(n, 1) for n in out):
         raise ValueError(
             f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
             f"{height} x {width}, kernel {geometry.kernel_size}, stride {geometry.stride}, "

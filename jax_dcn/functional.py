@@ -20,7 +20,7 @@ def deform_conv2d(
     offset: Array,
     weight: Array,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: _checks.PaddingLike = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     deform_groups: int = 1,
@@ -37,12 +37,13 @@ def deform_conv2d(
     The operator of `mmcv.ops.deform_conv2d`, with its positional arguments. Output pixel (ho, wo) reads tap
     (i, j) of deform group g at
 
-        y = ho*stride_h - padding_h + i*dilation_h + offset[n, ((g*kh + i)*kw + j)*2, ho, wo]
-        x = wo*stride_w - padding_w + j*dilation_w + offset[n, ((g*kh + i)*kw + j)*2 + 1, ho, wo]
+        y = ho*stride_h - top + i*dilation_h + offset[n, ((g*kh + i)*kw + j)*2, ho, wo]
+        x = wo*stride_w - left + j*dilation_w + offset[n, ((g*kh + i)*kw + j)*2 + 1, ho, wo]
 
-    by bilinear interpolation, in pixels, pixels outside the image counting as 0. A sample is 0 unless -1 < y < H and
-    -1 < x < W, so a coordinate that is NaN, infinite or huge contributes nothing. The gradient with respect to a
-    coordinate is the right-hand derivative on lattice points, and 0 where the sample is 0 by that rule.
+    by bilinear interpolation, in pixels, pixels outside the image counting as 0; top and left are the padding there. A
+    sample is 0 unless -1 < y < H and -1 < x < W, so a coordinate that is NaN, infinite or huge contributes nothing. The
+    gradient with respect to a coordinate is the right-hand derivative on lattice points, and 0 where the sample is 0 by
+    that rule.
 
     Shapes for data_format="NCHW", and for "NHWC":
       x       (N, C_in, H, W)                                (N, H, W, C_in)
@@ -51,13 +52,15 @@ def deform_conv2d(
       weight  (C_out, C_in/groups, kh, kw)                   (kh, kw, C_in/groups, C_out)
       result  (N, C_out, H_out, W_out)                       (N, H_out, W_out, C_out)
 
-    with H_out = (H + 2*padding_h - (dilation_h*(kh - 1) + 1)) // stride_h + 1, and W_out likewise.
+    with H_out = (H + top + bottom - (dilation_h*(kh - 1) + 1)) // stride_h + 1, and W_out likewise.
 
     Args:
       x: the image, float32, float64, bfloat16 or float16.
       offset: the displacement (dy, dx) of every tap, in pixels, of any of these dtypes.
       weight: the kernel, of x's dtype.
-      stride, padding, dilation: an int or a pair (height, width).
+      stride, dilation: an int or a pair (height, width).
+      padding: pixels on each side, an int or a pair (height, width); pairs ((top, bottom), (left, right)); or "SAME",
+        "SAME_LOWER" or "VALID", of any case, with the meaning that `jax.lax.conv_general_dilated` gives them.
       groups: weight groups. C_in and C_out must be multiples.
       deform_groups: groups of input channels with offsets of their own. C_in must be a multiple.
       bias: None or False, or (C_out,) of x's dtype.
@@ -96,7 +99,7 @@ def modulated_deform_conv2d(
     weight: Array,
     bias: Array | Literal[False] | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: _checks.PaddingLike = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     deform_groups: int = 1,

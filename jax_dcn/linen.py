@@ -26,7 +26,9 @@ class DeformConv2d(conv.DeformConv2d, nn.Module):
     Attributes:
       in_channels: channels of the input.
       out_channels: channels of the output.
-      kernel_size, stride (default 1), padding (0), dilation (1): an int or a pair (height, width).
+      kernel_size, stride (default 1), dilation (1): an int or a pair (height, width).
+      padding: an int (default 0), a pair, pairs ((top, bottom), (left, right)), or "SAME", "SAME_LOWER" or "VALID": see
+        `jax_dcn.deform_conv2d`.
       groups: weight groups (default 1). in_channels and out_channels must be multiples.
       deform_groups: groups of input channels with offsets of their own (default 1). in_channels must be a multiple.
       bias: whether to add a learnable bias (default False; mmcv refuses True).
@@ -37,6 +39,8 @@ class DeformConv2d(conv.DeformConv2d, nn.Module):
       kernel_init: default None, which is mmcv's: uniform within sqrt(6 / fan_in), fan_in = in_channels/groups*kh*kw.
       bias_init: default zeros.
       data_format: "NCHW" (default, mmcv's) or "NHWC" (Flax's), that of x, offset and the result.
+      forward_mode: whether `jax.jvp` and what is made of it may differentiate the layer (default False): see
+        `jax_dcn.deform_conv2d`.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -52,7 +56,8 @@ class DeformConv2d(conv.DeformConv2d, nn.Module):
         """Applies the layer.
 
         Args:
-          x: (N, in_channels, H, W), or (N, H, W, in_channels) for NHWC.
+          x: (N, in_channels, H, W), or (N, H, W, in_channels) for NHWC. In place of N there may be any number of axes,
+            or none, here and in all that follows, as in Flax's Conv.
           offset: (N, deform_groups*kh*kw*2, H_out, W_out), or with the channels last for NHWC. It keeps its dtype,
             which may be wider than x's.
 

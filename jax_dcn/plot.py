@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jax_dcn._checks import check_data_format, to_pair
-from jax_dcn._operator.geometry import Pair
+from jax_dcn._checks import PaddingLike, check_data_format, explicit_padding, to_padding, to_pair
+from jax_dcn._operator.geometry import Geometry, Padding, Pair
 
 Setting = int | Pair | list[int | Pair]  # a list has one for every layer
 
@@ -22,7 +23,7 @@ def sampling_coordinates(
     mask: Any = None,
     kernel_size: Setting = 3,
     stride: Setting = 1,
-    padding: Setting = 1,
+    padding: PaddingLike | list[PaddingLike] = 1,
     dilation: Setting = 1,
     deform_group: int = 0,
     data_format: str = "NCHW",
@@ -38,8 +39,10 @@ def sampling_coordinates(
         (deform_groups*kh*kw*2, H_out, W_out), or with the channels last for NHWC, perhaps with a batch axis of 1.
       pixel: (row, column) of the last layer's output (default its centre).
       mask: None or, like the offset, (deform_groups*kh*kw, H_out, W_out) for each layer.
-      kernel_size, stride, padding, dilation: an int or a pair (height, width), for all layers, or a list with one for
-        each.
+      kernel_size, stride, dilation: an int or a pair (height, width), for all layers, or a list with one for each.
+      padding: an int, a pair, a tuple of pairs ((top, bottom), (left, right)) or a name, as in `jax_dcn.deform_conv2d`,
+        for all layers, or a list with one for each. What "SAME" means with a stride depends on the size of the layer's
+        input, which is not known of the first layer.
       deform_group: whose taps (default 0).
       data_format: "NCHW" (default) or "NHWC".
 
@@ -56,30 +59,29 @@ def sampling_coordinates(
     masks = [None] * len(offsets) if mask is None else list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if not 1 <= len(offsets) <= _LAYERS or len(masks) != len(offsets):
         raise ValueError(f"{name}: got {len(offsets)} offsets and {len(masks)} masks, expected 1 to {_LAYERS} of each")
-    settings = {
-        setting: _for_layers(name, setting, value, len(offsets), minimum)
-        for setting, value, minimum in (
-            ("kernel_size", kernel_size, 1),
-            ("stride", stride, 1),
-            ("padding", padding, 0),
-            ("dilation", dilation, 1),
-        )
-    }
-    displacements = []
-    for layer_offset, (kh, kw) in zip(offsets, settings["kernel_size"], strict=True):
-        image = _image(name, "offset", layer_offset, data_format, 2 * kh * kw, deform_group)
-        displacements.append(image.reshape(*image.shape[:2], kh * kw, 2))
+    pairs = [
+        _for_layers(name, setting, value, len(offsets), functools.partial(to_pair, minimum=1))
+        for setting, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    ]
+    geometries = [Geometry(k, s, dilation=d) for k, s, d in zip(*pairs, strict=True)]
+    paddings = _for_layers(name, "padding", padding, len(offsets), lambda name, _, value: to_padding(name, value))
+    displacements: list[np.ndarray] = []
+    starts = []
+    for layer_offset, layer_padding, geometry in zip(offsets, paddings, geometries, strict=True):
+        starts.append(_start(name, layer_padding, displacements[-1].shape[:2] if displacements else None, geometry))
+        image = _image(name, "offset", layer_offset, data_format, 2 * geometry.taps, deform_group)
+        displacements.append(image.reshape(*image.shape[:2], geometry.taps, 2))
     size = np.array(displacements[-1].shape[:2])
     centre = np.array(size // 2 if pixel is None else pixel)
     if centre.shape != (2,) or (centre < 0).any() or (centre >= size).any():
         raise ValueError(f"{name}: pixel is {pixel}, expected one of the output's {size[0]} x {size[1]}")
     points, weights = centre[None].astype(np.float64), np.ones(1)
     for layer in reversed(range(len(offsets))):
-        kernel, step, pad, spacing = (np.array(settings[setting][layer]) for setting in settings)
-        taps = kernel.prod()
+        geometry, taps = geometries[layer], geometries[layer].taps
         row, column = np.clip(np.rint(points).astype(int), 0, np.array(displacements[layer].shape[:2]) - 1).T
-        regular = np.stack(np.meshgrid(*map(np.arange, kernel), indexing="ij"), -1).reshape(taps, 2) * spacing - pad
-        points = (points[:, None] * step + regular + displacements[layer][row, column]).reshape(-1, 2)
+        regular = np.stack(np.meshgrid(*map(np.arange, geometry.kernel_size), indexing="ij"), -1).reshape(taps, 2)
+        regular = starts[layer] + regular * geometry.dilation
+        points = (points[:, None] * geometry.stride + regular + displacements[layer][row, column]).reshape(-1, 2)
         factors = np.ones((len(row), taps))
         if masks[layer] is not None:
             factors = _image(name, "mask", masks[layer], data_format, taps, deform_group)[row, column]
@@ -137,11 +139,22 @@ def _like_zeros(array: Any) -> np.ndarray:
     return np.zeros(np.shape(array), np.float32)
 
 
-def _for_layers(name: str, setting: str, value: Setting, layers: int, minimum: int) -> Sequence[Pair]:
+def _for_layers(name: str, setting: str, value: Any, layers: int, convert: Callable[[str, str, Any], Any]) -> list[Any]:
     values = value if isinstance(value, list) else [value] * layers
     if len(values) != layers:
         raise ValueError(f"{name}: {setting} has {len(values)} entries, expected {layers}, one for each layer")
-    return [to_pair(name, setting, v, minimum) for v in values]
+    return [convert(name, setting, v) for v in values]
+
+
+def _start(name: str, padding: str | Padding, size: Sequence[int] | None, geometry: Geometry) -> np.ndarray:
+    """Where the first tap of the first output pixel stands in the layer's input, of this size if it is known."""
+    if size is None and padding in ("SAME", "SAME_LOWER") and max(geometry.stride) > 1:
+        raise ValueError(
+            f"{name}: padding {padding!r} with stride {geometry.stride} depends on the size of the first layer's "
+            "input, which is not known: give pairs ((top, bottom), (left, right)) instead"
+        )
+    explicit = explicit_padding(name, padding, size or (1, 1), geometry.extent, geometry.stride)
+    return -np.array(explicit)[:, 0]
 
 
 def _image(name: str, argument: str, array: Any, data_format: str, channels: int, group: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def test_forward(data_format):
     assert re.fullmatch(r"\d+xui8", workspace)
     assert attributes == {
         "stride": "dense<1> : tensor<2xi64>",
-        "padding": "dense<1> : tensor<2xi64>",
+        "padding": "dense<1> : tensor<4xi64>",
         "dilation": "dense<1> : tensor<2xi64>",
         "groups": "2 : i64",
         "deform_groups": "2 : i64",
@@ -200,7 +200,7 @@ def test_workspace_for_any_sizes_is_enough_for_each(case, symbolic, flags, dtype
     """A program exported for any sizes has work space for those that it gets, not for the largest."""
     monkeypatch.setenv("XLA_FLAGS", flags)
     arguments = in_format("NHWC", dataclasses.replace(case, bias=False).operands(dtype))
-    geometry = Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups, case.deform_groups)
+    geometry = Geometry(case.kernel, case.stride, case.sides, case.dilation, case.groups, case.deform_groups)
 
     def workspace(target, n, h, w):
         """Its size for images of these sizes."""
@@ -323,7 +323,7 @@ target = {target!r}
 jax.ffi.register_ffi_target("on_cpu", native._native_cuda.handlers()[target], platform="cpu")
 native.call = lambda target, results, operands, attributes: jax.ffi.ffi_call("on_cpu", results)(
     *operands.values(), **attributes)
-params = dict(geometry=Geometry((3, 3), padding=(1, 1)), precision=None)
+params = dict(geometry=Geometry((3, 3), padding=((1, 1), (1, 1))), precision=None)
 operands = dict(x=jnp.ones((2, 6, 5, 8)), offset=jnp.ones((2, 6, 5, 18)), weight=jnp.ones((3, 3, 8, 4)),
                 mask=jnp.ones((2, 6, 5, 9)))
 if target == native.DEFORM_CONV2D:
@@ -351,8 +351,9 @@ except jax.errors.JaxRuntimeError as error:
         ({"groups": 3}, "channels must be multiples of the groups"),
         ({"stride": (0, 1)}, "sizes, strides, dilations and groups must be positive"),
         ({"dtype": "int32"}, "unsupported type int32"),
-        ({"padding": (2**31, 0)}, "an image and its padding must be smaller than 2\\^31 pixels"),
-        ({"x": (1, 1, 1, 8), "padding": (0, 0)}, "the output has no pixels"),
+        ({"padding": (0, 2**31, 0, 0)}, "an image and its padding must be smaller than 2\\^31 pixels"),
+        ({"padding": (1, 1)}, "stride and dilation must be pairs, padding two of these"),
+        ({"x": (1, 1, 1, 8), "padding": (0, 1, 0, 0)}, "the output has no pixels"),
         ({"x": (-1, 8, 8, 8)}, "the batch must not be negative"),
         ({"x": (1, 8, 8, 2**32), "weight": (3, 3, 2**32, 4)}, "taps times channels must be less than 2\\^27"),
         ({"weight": (3, 3, 8, 2**40)}, "taps times channels must be less than 2\\^27"),
@@ -361,7 +362,7 @@ except jax.errors.JaxRuntimeError as error:
     ids=str,
 )
 def test_workspace_of_an_impossible_geometry(changes, message):
-    arguments = dict(x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1))
+    arguments = dict(x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1, 1, 1))
     arguments |= dict(dilation=(1, 1), groups=1, deform_groups=1, nchw=False, has_mask=False)
     arguments |= dict(highest_precision=False, deterministic=False)
 

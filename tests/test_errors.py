@@ -23,6 +23,13 @@ def valid_shapes():
     }
 
 
+PADDING_FORMS = (
+    "an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of ('SAME', 'SAME_LOWER', 'VALID')"
+)
+TOO_LARGE = (
+    "an image, its padded height and its padded width must have fewer than 2^31 pixels, got 7 x 8 with padding "
+    "((0, 2147483647), (0, 0))"
+)
 ARGUMENTS = {"stride": (2, 1), "padding": (1, 1), "dilation": (2, 2), "groups": 2, "deform_groups": 3}
 
 
@@ -73,7 +80,19 @@ ARGUMENT_VALUES = [
     ({"stride": 2.0}, TypeError, "stride must be an integer, got 2.0"),
     ({"stride": (1, "2")}, TypeError, "stride must be an integer, got '2'"),
     ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
-    ({"padding": "SAME"}, TypeError, "padding must be an integer, got 'SAME'"),
+    ({"padding": ((0, 1), (-1, 0))}, ValueError, "padding must be at least 0, got ((0, 1), (-1, 0))"),
+    ({"padding": "CIRCULAR"}, ValueError, f"padding must be {PADDING_FORMS}, got 'CIRCULAR'"),
+    ({"padding": (1, 2, 3)}, ValueError, f"padding must be {PADDING_FORMS}, got (1, 2, 3)"),
+    ({"padding": ((1, 2), (3,))}, ValueError, f"padding must be {PADDING_FORMS}, got ((1, 2), (3,))"),
+    ({"padding": ((1, 2), (3, 0.5))}, TypeError, f"padding must be {PADDING_FORMS}, got 0.5"),
+    ({"padding": None}, TypeError, f"padding must be {PADDING_FORMS}, got None"),
+    ({"padding": True}, TypeError, f"padding must be {PADDING_FORMS}, got True"),
+    (
+        {"padding": ((0, 2**31 - 1), (0, 0))},
+        ValueError,
+        TOO_LARGE,
+    ),
+    ({"padding": 2**31}, ValueError, "padding must be at most 2147483647, got 2147483648"),
     ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
     ({"dilation": True}, TypeError, "dilation must be an integer, got True"),
     ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),

@@ -229,6 +229,39 @@ def test_new_pack_is_a_plain_convolution(api, name):
     assert_close(apply(params, *inputs), plain)
 
 
+@pytest.mark.parametrize("padding", [((0, 2), (1, 0)), "SAME", "same_lower", "VALID"], ids=str)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("name", PACKS)
+def test_padding_of_a_pack(api, name, data_format, padding):
+    """Of the layer and of its conv_offset."""
+    (x,) = inputs_of(name, data_format)
+    options = dict(OPTIONS, padding=padding, dilation=1, data_format=data_format)
+    params, apply = APIS[api](name, [x], **options)
+    plain = lax.conv_general_dilated(
+        x,
+        params["kernel"] * (0.5 if name.startswith("Modulated") else 1.0),
+        STRIDE,
+        padding,
+        dimension_numbers=(data_format, "HWIO", data_format),
+        feature_group_count=GROUPS,
+        precision="highest",
+    )
+    assert_close(apply(params, x), plain)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_leading_axes(api, name, data_format, leading):
+    """As with Flax's Conv, any number of axes stand for the batch."""
+    inputs = inputs_of(name, data_format, batch=math.prod(leading))
+    params, apply = APIS[api](name, inputs, **OPTIONS, data_format=data_format)
+    params = random_params(params)
+    y = apply(params, *(a.reshape(*leading, *a.shape[1:]) for a in inputs))
+    assert y.shape[:-3] == leading
+    assert_close(y.reshape(-1, *y.shape[-3:]), apply(params, *inputs), 0)
+
+
 @pytest.mark.parametrize("name", PACKS)
 def test_input_smaller_than_the_kernel(api, name):
     x = normal(2, 3, 2, 1)
@@ -329,6 +362,24 @@ def test_gradients(api, name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_forward_mode(api, name):
+    """The derivative along a direction is the gradient times it, which without forward_mode is all there is."""
+    inputs = inputs_of(name)
+    params, apply = APIS[api](name, inputs, **OPTIONS, forward_mode=True)
+    _, without = APIS[api](name, inputs, **OPTIONS)
+    at = random_params(params), *inputs
+    along = jax.tree.map(lambda a: normal(*a.shape, seed=a.ndim), at)
+    grad_y = normal(2, C_OUT, *OUT, seed=4)
+
+    _, derivative = jax.jit(lambda at, along: jax.jvp(apply, at, along))(at, along)
+    gradients = jax.jit(jax.grad(lambda at: (without(*at) * grad_y).sum()))(at)
+    products = jax.tree.map(jnp.vdot, gradients, along)
+    np.testing.assert_allclose(jnp.vdot(derivative, grad_y), sum(jax.tree.leaves(products)), rtol=1e-4)
+    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
+        jax.jvp(without, at, along)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_jit_and_vmap(api, name):
     inputs = inputs_of(name)
     params, apply = APIS[api](name, inputs, **OPTIONS)
@@ -374,6 +425,7 @@ def test_nnx_transformations_of_the_module(name):
         (dict(kernel_size=(3, 3, 3)), r"kernel_size must be an integer or a pair \(height, width\), got \(3, 3, 3\)"),
         (dict(stride=0), r"stride must be at least 1, got 0"),
         (dict(padding=-1), r"padding must be at least 0, got -1"),
+        (dict(padding="CAUSAL"), r"padding must be an integer, .* or one of \('SAME', .*\), got 'CAUSAL'"),
         (dict(dilation=(1, 0)), r"dilation must be at least 1, got \(1, 0\)"),
         (dict(data_format="CHWN"), r"data_format must be one of \('NCHW', 'NHWC'\), got 'CHWN'"),
     ],
@@ -384,10 +436,11 @@ def test_wrong_arguments(api, name, options, message):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("bias", ["no", None, 1])
-def test_bias_of_the_wrong_type(api, name, bias):
-    with pytest.raises(TypeError, match=f"^{name}: bias must be a bool, got {bias!r}"):
-        construct(api, name, **dict(OPTIONS, bias=bias))
+@pytest.mark.parametrize("argument", ["bias", "forward_mode"])
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_no_bool(api, name, argument, value):
+    with pytest.raises(TypeError, match=f"^{name}: {argument} must be a bool, got {value!r}"):
+        construct(api, name, **dict(OPTIONS, **{argument: value}))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -409,8 +462,8 @@ def test_wrong_input(api, name, data_format):
         message = r"deform_conv2d: weight has 3 input channels, expected 6 = C_in \(12\) / groups \(2\)"
     with pytest.raises(ValueError, match=message):
         apply(params, more_channels, *samples)
-    with pytest.raises(ValueError, match=r"(deform_conv2d|Pack): x has 3 dimensions, expected 4"):
-        apply(params, x[0], *samples)
+    with pytest.raises(ValueError, match=f"^{name}: x has 2 dimensions, expected 3 or more"):
+        apply(params, x[0, 0], *samples)
     with pytest.raises(ValueError, match=r"deform_conv2d: the output would have no pixels"):
         apply(params, *inputs_of(name, data_format, image=(2, 8)))
 
@@ -418,8 +471,20 @@ def test_wrong_input(api, name, data_format):
 def test_missing_mask(api):
     inputs = inputs_of("ModulatedDeformConv2d")
     params, apply = APIS[api]("ModulatedDeformConv2d", inputs, **OPTIONS)
-    with pytest.raises(TypeError, match="modulated_deform_conv2d: mask must be an array, got None"):
+    with pytest.raises(TypeError, match=r"^ModulatedDeformConv2d: mask must be an array, got None"):
         apply(params, *inputs[:2], None)
+
+
+@pytest.mark.parametrize("name", ["DeformConv2d", "ModulatedDeformConv2d"])
+def test_batch_axes_that_differ(api, name):
+    inputs = inputs_of(name)
+    params, apply = APIS[api](name, inputs, **OPTIONS)
+    x, *others, last = inputs
+    argument = "mask" if others else "offset"
+    with pytest.raises(ValueError, match=f"^{name}: {argument} has 3 dimensions, expected x's, 4, in shape"):
+        apply(params, x, *others, last[0])
+    with pytest.raises(ValueError, match=rf"^{name}: {argument} has batch axes \(2, 1\), expected x's, \(1, 2\)"):
+        apply(params, *(a[None] for a in (x, *others)), last[:, None])
 
 
 # --- names ---

@@ -60,7 +60,7 @@ def onnx_model(case):
         ["Y"],
         kernel_shape=case.kernel,
         strides=case.stride,
-        pads=case.padding * 2,
+        pads=[p[side] for side in (0, 1) for p in case.sides],
         dilations=case.dilation,
         group=case.groups,
         offset_group=case.deform_groups,
@@ -79,7 +79,9 @@ def onnx_inputs(operands):
 # interpolation turns into the same result at the border: the two definitions agree everywhere.
 
 
-@pytest.mark.parametrize("name", ["torchvision", "one_column", "depthwise", "groups_4_deform_groups_3", "c_in_258"])
+@pytest.mark.parametrize(
+    "name", ["torchvision", "one_column", "padding_per_side", "depthwise", "groups_4_deform_groups_3", "c_in_258"]
+)
 def test_result_is_onnx_runtimes(name, implementation):
     case = BY_NAME[name]
     operands = case.operands("float32")
@@ -113,13 +115,41 @@ def test_zero_offset_is_the_plain_convolution(case, implementation, data_format)
         operands["x"],
         operands["weight"],
         window_strides=case.stride,
-        padding=[(p, p) for p in case.padding],
+        padding=case.sides,
         rhs_dilation=case.dilation,
         feature_group_count=case.groups,
     )
     if case.bias:
         expected += operands["bias"][None, :, None, None]
     assert_close(cases.forward(case, operands, data_format), expected)
+
+
+# As the functions take it, and as JAX's convolutions do.
+PADDINGS = [
+    (0, ((0, 0), (0, 0))),
+    (2, ((2, 2), (2, 2))),
+    ((1, 0), ((1, 1), (0, 0))),
+    ([3, 2], ((3, 3), (2, 2))),
+    (((0, 3), (2, 1)), ((0, 3), (2, 1))),
+    ((1, (0, 2)), ((1, 1), (0, 2))),
+    (np.array([[1, 0], [0, 2]]), ((1, 0), (0, 2))),
+    ("SAME", "SAME"),
+    ("same_lower", "SAME_LOWER"),
+    ("Valid", "VALID"),
+]
+
+
+@pytest.mark.parametrize(("padding", "explicit"), PADDINGS, ids=lambda padding: str(padding).replace("\n", ""))
+@marks.implementations_and_formats
+def test_padding_is_that_of_jaxs_convolutions(padding, explicit, implementation, data_format):
+    """With kernels even and odd, and sizes that the strides divide and do not."""
+    for kernel, stride, dilation in [((3, 4), (1, 1), (1, 2)), ((2, 3), (2, 3), (1, 1)), ((4, 1), (3, 2), (2, 1))]:
+        case = Case("padded", size=(9, 8), kernel=kernel, stride=stride, dilation=dilation, padding=padding, c_in=2)
+        rng = np.random.default_rng(0)
+        operands = {"x": rng.standard_normal((2, 2, 9, 8)), "weight": rng.standard_normal((3, 2, *kernel))}
+        expected = lax.conv_general_dilated(*operands.values(), stride, explicit, rhs_dilation=dilation)
+        operands["offset"] = np.zeros((2, 2 * kernel[0] * kernel[1], *expected.shape[2:]))
+        assert_close(cases.forward(case, operands, data_format), expected)
 
 
 def test_integer_offsets_are_shifted_reads(implementation, data_format):

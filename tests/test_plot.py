@@ -1,5 +1,6 @@
 """The sampling points: by hand, against the operator, and drawn."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,15 +20,22 @@ def test_regular_grid():
     assert weights.tolist() == [1] * 9
 
 
-def test_points_are_the_operators():
+@pytest.mark.parametrize(
+    ("stride", "padding"),
+    [((2, 1), (1, 2)), ((2, 1), ((2, 0), (1, 3))), ((2, 1), "VALID"), (1, "same"), (1, "SAME_LOWER")],
+)
+def test_points_are_the_operators(stride, padding):
     """The operator samples an image of row numbers, and one of column numbers, at the points."""
     rows, columns = np.meshgrid(np.arange(20.0), np.arange(30.0), indexing="ij")
     x = jnp.asarray(np.stack([rows, columns])[:, None], jnp.float32)
-    offset, mask = normal(2 * 12, 9, 31), np.abs(normal(2 * 6, 9, 31, seed=1))
-    options = dict(stride=(2, 1), padding=(1, 2), dilation=(2, 3))
+    options = dict(stride=stride, padding=padding, dilation=(2, 3))
     # Both deform groups see the same image.
-    x, both = jnp.tile(x, (1, 2, 1, 1)), jnp.broadcast_to(offset, (2, *offset.shape))
+    x = jnp.tile(x, (1, 2, 1, 1))
     weight = jnp.eye(2, dtype=jnp.float32)[:, :, None, None] * jnp.ones((1, 1, 3, 2), jnp.float32)
+    layer = jax_dcn.linen.DeformConv2dPack(2, 2, (3, 2), **options, deform_groups=2)
+    out = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape[2:]
+    offset, mask = normal(2 * 12, *out), np.abs(normal(2 * 6, *out, seed=1))
+    both = jnp.broadcast_to(offset, (2, *offset.shape))
     y = jax_dcn.deform_conv2d(
         x, both, weight, **options, deform_groups=2, mask=jnp.broadcast_to(mask, (2, *mask.shape))
     )
@@ -36,6 +44,15 @@ def test_points_are_the_operators():
             offset, (4, 12), mask=mask, kernel_size=(3, 2), deform_group=group, **options
         )
         np.testing.assert_allclose(weights @ points, y[:, group, 4, 12], rtol=1e-5)
+
+
+def test_same_padding_of_later_layers():
+    """With a stride it depends on the size of the layer's input, which the offset of the layer before tells."""
+    first, second = np.zeros((18, 8, 9)), np.zeros((18, 4, 5))
+    points, _ = plot.sampling_coordinates([first, second], (0, 0), stride=[1, 2], padding="SAME")
+    assert (points.min(0).tolist(), points.max(0).tolist()) == ([-1, -2], [3, 2])  # 8 rows need no padding on top
+    with pytest.raises(ValueError, match=r"padding 'SAME' with stride \(2, 2\) depends on the size of the first"):
+        plot.sampling_coordinates([first, second], stride=2, padding="SAME")
 
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)

@@ -15,7 +15,7 @@ namespace ffi = xla::ffi;
 using Sizes = ffi::Span<const int64_t>;
 
 struct Attributes {
-  Sizes stride, padding, dilation;
+  Sizes stride, padding, dilation;  // padding: top, bottom, left, right
   int64_t groups, deform_groups;
   bool nchw, has_mask;
   bool highest_precision, deterministic;

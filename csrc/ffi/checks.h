@@ -92,15 +92,18 @@ class Checker {
   Geometry ToGeometry(Sizes image, Sizes kernel, const Attributes& a) {
     Geometry g{};
     if (image.size() != 4 || kernel.size() != 4) return Fail("x and weight must have rank 4"), g;
-    if (!IsPair(a.stride) || !IsPair(a.padding) || !IsPair(a.dilation)) {
-      return Fail("stride, padding and dilation must be pairs"), g;
+    if (!IsPair(a.stride) || a.padding.size() != 4 || !IsPair(a.dilation)) {
+      return Fail(
+                 "stride and dilation must be pairs, padding two of these; was the program exported by another version "
+                 "of jax_dcn?"),
+             g;
     }
     const int pixels = a.nchw ? 2 : 1;
     g.batch = image[0], g.height = image[pixels], g.width = image[pixels + 1], g.c_in = image[a.nchw ? 1 : 3];
     const int taps = a.nchw ? 2 : 0;
     g.kernel_h = kernel[taps], g.kernel_w = kernel[taps + 1], g.c_out = kernel[a.nchw ? 0 : 3];
     g.stride_h = a.stride[0], g.stride_w = a.stride[1];
-    g.padding_h = a.padding[0], g.padding_w = a.padding[1];
+    g.padding_h = a.padding[0], g.padding_w = a.padding[2];
     g.dilation_h = a.dilation[0], g.dilation_w = a.dilation[1];
     g.groups = a.groups, g.deform_groups = a.deform_groups;
     const int64_t positive[] = {g.height,   g.width,    g.c_in,       g.kernel_h,   g.kernel_w, g.c_out,
@@ -114,13 +117,13 @@ class Checker {
     }
     if (kernel[a.nchw ? 1 : 2] != g.group_in()) return Fail("weight must have C_in / groups input channels"), g;
     // Pixels are counted, and regular coordinates computed, in 32 bits.
-    if (!FitsImage(g)) return Fail("an image and its padding must be smaller than 2^31 pixels"), g;
+    if (!FitsImage(g, a.padding)) return Fail("an image and its padding must be smaller than 2^31 pixels"), g;
     // The CUDA kernels count a kernel's taps of all channels in 32 bits, padded to vectors of up to eight.
     if (g.taps() > kMostWeights || std::max(g.c_in, g.c_out) > kMostWeights / g.taps()) {
       return Fail("taps times channels must be less than 2^27"), g;
     }
-    g.h_out = OutputSize(g.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h);
-    g.w_out = OutputSize(g.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w);
+    g.h_out = OutputSize(g.height + a.padding[0] + a.padding[1], g.kernel_h, g.stride_h, g.dilation_h);
+    g.w_out = OutputSize(g.width + a.padding[2] + a.padding[3], g.kernel_w, g.stride_w, g.dilation_w);
     if (g.h_out < 1 || g.w_out < 1) Fail("the output has no pixels");
     return g;
   }
@@ -214,17 +217,18 @@ class Checker {
     return otherwise;
   }
 
-  static bool FitsImage(const Geometry& g) {
-    for (const int64_t size : {g.height, g.width, g.kernel_h, g.kernel_w, g.padding_h, g.padding_w, g.dilation_h,
-                               g.dilation_w, g.stride_h, g.stride_w}) {
+  static bool FitsImage(const Geometry& g, Sizes padding) {
+    for (const int64_t size : {g.height, g.width, g.kernel_h, g.kernel_w, padding[0], padding[1], padding[2],
+                               padding[3], g.dilation_h, g.dilation_w, g.stride_h, g.stride_w}) {
       if (size < 0 || size > kMax) return false;
     }
     // One row more than the image, as plain XLA counts corners before it knows whether they are inside.
-    return g.image() + g.width < kMax && g.height + 2 * g.padding_h <= kMax && g.width + 2 * g.padding_w <= kMax;
+    return g.image() + g.width < kMax && g.height + padding[0] + padding[1] <= kMax &&
+           g.width + padding[2] + padding[3] <= kMax;
   }
 
-  static int64_t OutputSize(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    const int64_t span = size + 2 * padding - (dilation * (kernel - 1) + 1);
+  static int64_t OutputSize(int64_t padded, int64_t kernel, int64_t stride, int64_t dilation) {
+    const int64_t span = padded - (dilation * (kernel - 1) + 1);
     return span < 0 ? 0 : span / stride + 1;
   }
 

@@ -58,8 +58,9 @@ Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const At
   for (size_t i = 0; i < sizes.size(); ++i) {
     // What is not known is as small as it may be, for the check's sake.
     const bool spatial = i == 1 || i == 2;
-    const int64_t least = spatial && IsPair(a.dilation) && IsPair(a.padding)
-                              ? std::max<int64_t>(1, a.dilation[i - 1] * (weight[i - 1] - 1) + 1 - 2 * a.padding[i - 1])
+    const int64_t least = spatial && IsPair(a.dilation) && a.padding.size() == 4
+                              ? std::max<int64_t>(1, a.dilation[i - 1] * (weight[i - 1] - 1) + 1 -
+                                                         a.padding[2 * i - 2] - a.padding[2 * i - 1])
                               : 1;
     sizes[i] = x[i].value_or(least);
   }

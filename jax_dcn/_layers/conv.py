@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -12,8 +14,16 @@ from jax import lax
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from jax_dcn._checks import check_data_format, to_count, to_pair
-from jax_dcn._operator.geometry import Geometry, Pair
+from jax_dcn._checks import (
+    PaddingLike,
+    check_data_format,
+    explicit_padding,
+    to_array,
+    to_count,
+    to_padding,
+    to_pair,
+)
+from jax_dcn._operator.geometry import Geometry, Padding, Pair
 from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
 
 Initializer = initializers.Initializer
@@ -28,7 +38,7 @@ class Layer:
     out_channels: int
     kernel_size: int | Sequence[int]
     stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] = 0
+    padding: PaddingLike = 0
     dilation: int | Sequence[int] = 1
     groups: int = 1
     deform_groups: int = 1
@@ -40,17 +50,19 @@ class Layer:
     kernel_init: Initializer | None = None
     bias_init: Initializer = initializers.zeros
     data_format: str = "NCHW"
+    forward_mode: bool = False
 
     def _check_arguments(self, bias: Any) -> None:
-        """Checks the arguments, and makes pairs of those that may be an int.
+        """Checks the arguments, and makes pairs of those that may be an int, pairs of these of the padding.
 
         nnx's layers take `bias` and keep a parameter of that name, so it is given.
         """
         name = type(self).__name__
         for argument in ("in_channels", "out_channels", "groups", "deform_groups"):
             setattr(self, argument, to_count(name, argument, getattr(self, argument)))
-        for argument, minimum in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        for argument, minimum in (("kernel_size", 1), ("stride", 1), ("dilation", 1)):
             setattr(self, argument, to_pair(name, argument, getattr(self, argument), minimum))
+        self.padding = to_padding(name, self.padding)
         for channels, groups in (
             ("in_channels", "groups"),
             ("out_channels", "groups"),
@@ -59,18 +71,23 @@ class Layer:
             size, divisor = getattr(self, channels), getattr(self, groups)
             if size % divisor:
                 raise ValueError(f"{name}: {channels} ({size}) must be a multiple of {groups} ({divisor})")
-        if not isinstance(bias, bool):
-            raise TypeError(f"{name}: bias must be a bool, got {bias!r}")
+        for argument, value in (("bias", bias), ("forward_mode", self.forward_mode)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
         check_data_format(name, self.data_format)
 
     @property
     def _geometry(self) -> Geometry:
+        """All but the padding, which may depend on the image's size."""
+        # Pairs since `_check_arguments`.
+        kernel_size, stride, dilation = cast(tuple[Pair, Pair, Pair], (self.kernel_size, self.stride, self.dilation))
         return Geometry(
-            # Pairs since `_check_arguments`.
-            *cast(tuple[Pair, Pair, Pair, Pair], (self.kernel_size, self.stride, self.padding, self.dilation)),
-            self.groups,
-            self.deform_groups,
-            self.data_format,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=self.groups,
+            deform_groups=self.deform_groups,
+            data_format=self.data_format,
         )
 
     @property
@@ -98,16 +115,20 @@ class Layer:
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = ("stride", "padding", "dilation", "groups", "deform_groups", "data_format", "precision")
+        names = (
+            *("stride", "padding", "dilation", "groups", "deform_groups"),
+            *("data_format", "precision", "forward_mode"),
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
     def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """x, offset and mask as they may be, for whoever only wants the shapes of the parameters."""
         geometry = self._geometry
-        height, width = (d * (k - 1) + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True))
-        out = geometry.output_size(height, width)
-        shapes: list[tuple[int, ...]] = [(self.in_channels, height, width)]
+        size = geometry.extent
+        padding = explicit_padding(type(self).__name__, cast(str | Padding, self.padding), size, size, geometry.stride)
+        out = dataclasses.replace(geometry, padding=padding).output_size(*size)
+        shapes: list[tuple[int, ...]] = [(self.in_channels, *size)]
         shapes += [(channels, *out) for channels in (geometry.offset_channels, geometry.mask_channels)]
         if self.data_format == "NHWC":
             shapes = [(*pixels, channels) for channels, *pixels in shapes]
@@ -129,13 +150,32 @@ class Layer:
         )
 
     def _run_conv_offset(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        # Flax's Conv takes other ranks too, and its own error would be about its kernel.
         name, axis = type(self).__name__, self._geometry.channel_axis
-        if x.ndim != 4:
-            raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 4, in shape {x.shape}")
-        if x.shape[axis] != self.in_channels:
-            raise ValueError(f"{name}: x has {x.shape[axis]} channels, expected {self.in_channels} = in_channels")
-        return jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis)
+
+        def run(x: jax.Array) -> jax.Array:
+            # The error of Flax's Conv would be about its kernel.
+            if x.shape[axis] != self.in_channels:
+                raise ValueError(f"{name}: x has {x.shape[axis]} channels, expected {self.in_channels} = in_channels")
+            return jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis)
+
+        return self._over_leading_axes(run, x)
+
+    def _over_leading_axes(self, function: Callable[..., jax.Array], x: jax.Array, **others: Any) -> jax.Array:
+        """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
+        name, leading = type(self).__name__, x.shape[:-3]
+        if x.ndim < 3:
+            raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")
+        others = {argument: to_array(name, argument, value) for argument, value in others.items()}
+        for argument, value in others.items():
+            if value.ndim != x.ndim:
+                raise ValueError(
+                    f"{name}: {argument} has {value.ndim} dimensions, expected x's, {x.ndim}, in shape {value.shape}"
+                )
+            if value.shape[:-3] != leading:
+                raise ValueError(f"{name}: {argument} has batch axes {value.shape[:-3]}, expected x's, {leading}")
+        x, *rest = (a.reshape(math.prod(leading), *a.shape[-3:]) for a in (x, *others.values()))
+        y = function(x, **dict(zip(others, rest, strict=True)))
+        return y.reshape(*leading, *y.shape[1:])
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -150,7 +190,8 @@ class DeformConv2d(Layer):
         return initializers.he_uniform()
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array) -> jax.Array:
-        return deform_conv2d(x, offset, self._weight(kernel), bias=bias, **self._options)
+        function = functools.partial(deform_conv2d, weight=self._weight(kernel), bias=bias, **self._options)
+        return self._over_leading_axes(function, x, offset=offset)
 
     @property
     def _conv_offset_channels(self) -> int:
@@ -176,7 +217,8 @@ class ModulatedDeformConv2d(Layer):
     def _convolve(
         self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        return modulated_deform_conv2d(x, offset, mask, self._weight(kernel), bias, **self._options)
+        function = functools.partial(modulated_deform_conv2d, weight=self._weight(kernel), bias=bias, **self._options)
+        return self._over_leading_axes(function, x, offset=offset, mask=mask)
 
     @property
     def _conv_offset_channels(self) -> int:
@@ -185,5 +227,5 @@ class ModulatedDeformConv2d(Layer):
     def _predict(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The offset and the mask that a Pack computes itself."""
         out = self._run_conv_offset(conv_offset, x)
-        offset, mask = jnp.split(out, [self._geometry.offset_channels], self._geometry.channel_axis)
+        offset, mask = jnp.split(out, [self._geometry.offset_channels], self._geometry.channel_axis - 4)
         return offset, jax.nn.sigmoid(mask)

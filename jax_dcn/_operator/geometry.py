@@ -13,17 +13,21 @@ MAX_WEIGHTS = 2**27 - 1
 
 Pair = tuple[int, int]
 
+# (top, bottom), (left, right)
+Padding = tuple[Pair, Pair]
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """What is static about a deformable convolution apart from the array shapes.
 
-    Pairs are (height, width).
+    Pairs are (height, width). Only the padding before the first pixel moves the grid; that after the last one adds
+    outputs.
     """
 
     kernel_size: Pair
     stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
+    padding: Padding = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
     groups: int = 1
     deform_groups: int = 1
@@ -38,6 +42,12 @@ class Geometry:
     def out_axis(self) -> int:
         """The axis of C_out in the weight: HWIO goes with NHWC, OIHW with NCHW."""
         return 3 if self.data_format == "NHWC" else 0
+
+    @property
+    def extent(self) -> Pair:
+        """The pixels from a kernel's first tap to its last, both included."""
+        height, width = (d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        return height, width
 
     @property
     def taps(self) -> int:
@@ -63,10 +73,8 @@ class Geometry:
     def output_size(self, height: int, width: int) -> Pair:
         """(H_out, W_out) for an image of (height, width)."""
         h_out, w_out = (
-            (n + 2 * p - (d * (k - 1) + 1)) // s + 1
-            for n, k, s, p, d in zip(
-                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
+            (n + sum(p) - e) // s + 1
+            for n, p, e, s in zip((height, width), self.padding, self.extent, self.stride, strict=True)
         )
         return h_out, w_out
 

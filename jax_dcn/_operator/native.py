@@ -83,7 +83,7 @@ def attributes(
     flags = {} if wanted is None else {f"grad_{name}": name in wanted for name in GRADIENTS}
     return dict(
         stride=np.array(geometry.stride, np.int64),
-        padding=np.array(geometry.padding, np.int64),
+        padding=np.array(geometry.padding, np.int64).ravel(),
         dilation=np.array(geometry.dilation, np.int64),
         groups=np.int64(geometry.groups),
         deform_groups=np.int64(geometry.deform_groups),

@@ -30,7 +30,7 @@ def coordinates(
     kh, kw = geometry.kernel_size
 
     def regular(size: int, taps: int, axis: int) -> jax.Array:  # (size, taps)
-        start = jnp.arange(size) * geometry.stride[axis] - geometry.padding[axis]
+        start = jnp.arange(size) * geometry.stride[axis] - geometry.padding[axis][0]
         return (start[:, None] + jnp.arange(taps)[None, :] * geometry.dilation[axis]).astype(dtype)
 
     shift = offset.astype(dtype).reshape(n, h_out, w_out, geometry.deform_groups, kh, kw, 2)

@@ -65,7 +65,8 @@ def run(
     """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
     n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
     sizes = (n, h, w, case.c_in, h_out, w_out, case.c_out)
-    sizes += case.kernel + case.stride + case.padding + case.dilation + (case.groups, case.deform_groups)
+    before = tuple(p for p, _ in case.sides)
+    sizes += case.kernel + case.stride + before + case.dilation + (case.groups, case.deform_groups)
     wanted = [name for name in wanted if name in operands]
     code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in OPERANDS}
     call = struct.pack(

@@ -34,7 +34,7 @@ class Case:
     size: tuple[int, int] = (6, 5)
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
+    padding: tuple = (1, 1)  # (height, width), or ((top, bottom), (left, right))
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     deform_groups: int = 1
@@ -50,10 +50,15 @@ class Case:
         return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "deform_groups")}
 
     @property
+    def sides(self):
+        """The padding as ((top, bottom), (left, right))."""
+        return tuple(p if isinstance(p, tuple) else (p, p) for p in self.padding)
+
+    @property
     def output_size(self):
         return tuple(
-            (n + 2 * p - (d * (k - 1) + 1)) // s + 1
-            for n, k, s, p, d in zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+            (n + sum(p) - (d * (k - 1) + 1)) // s + 1
+            for n, k, s, p, d in zip(self.size, self.kernel, self.stride, self.sides, self.dilation, strict=True)
         )
 
     def operands(self, dtype="float64", seed=0):
@@ -109,6 +114,8 @@ AWKWARD = (
     Case("one_column", size=(8, 1), kernel=(3, 2), stride=(2, 1)),
     Case("one_pixel", size=(1, 1), c_in=17, c_out=1),
     Case("smaller_than_kernel", size=(3, 2), kernel=(5, 4), padding=(2, 3), bias=False),
+    Case("padding_per_side", kernel=(2, 4), stride=(2, 1), padding=((1, 0), (0, 3)), deform_groups=2),
+    Case("padding_after", size=(4, 3), kernel=(2, 2), padding=((0, 4), (0, 1)), dilation=(3, 2), mask=False),
     Case("kernel_1x1", c_in=5, kernel=(1, 1), padding=(0, 0), deform_groups=5),
     Case("kernel_2x6", kernel=(2, 6), padding=(1, 2), size=(4, 7)),
     Case("kernel_4x5", batch=1, kernel=(4, 5), size=(7, 6), stride=(3, 4), padding=(0, 2), mask=False),

@@ -10,13 +10,14 @@ def _samples(x, offset, mask, kernel, *, stride, padding, dilation, deform_group
 
     A corner is (row, column, weight, weight's derivative by y, by x), the derivatives taken to the right.
     """
+    above, before = (p[0] if isinstance(p, tuple) else p for p in padding)
     _, c_in, height, width = x.shape
     n, _, h_out, w_out = offset.shape
     kh, kw = kernel
     for image, ho, wo, group, i, j in np.ndindex(n, h_out, w_out, deform_groups, kh, kw):
         tap = (group * kh + i) * kw + j
-        y_at = ho * stride[0] - padding[0] + i * dilation[0] + float(offset[image, 2 * tap, ho, wo])
-        x_at = wo * stride[1] - padding[1] + j * dilation[1] + float(offset[image, 2 * tap + 1, ho, wo])
+        y_at = ho * stride[0] - above + i * dilation[0] + float(offset[image, 2 * tap, ho, wo])
+        x_at = wo * stride[1] - before + j * dilation[1] + float(offset[image, 2 * tap + 1, ho, wo])
         if not (y_at > -1 and x_at > -1 and y_at < height and x_at < width):
             continue
         top, left = math.floor(y_at), math.floor(x_at)
