@@ -79,7 +79,7 @@ def test_forward(data_format):
     assert given == ["2x5x6x8xf32", "2x5x6x36xf32", "3x3x4x4xf32", "2x5x6x18xf32", "4xf32"]
     y, workspace = results
     assert y == "2x5x6x4xf32"
-    assert re.fullmatch(r"\d+xui8", workspace)
+    assert re.fullmatch(r"\d+x16xui8", workspace)
     assert attributes == {
         "stride": "dense<1> : tensor<2xi64>",
         "padding": "dense<1> : tensor<4xi64>",
@@ -100,7 +100,7 @@ def test_backward(data_format):
     assert given == ["2x5x6x4xf32", "2x5x6x8xf32", "2x5x6x36xf32", "3x3x4x4xf32", "2x5x6x18xf32"]
     *gradient_types, workspace = results
     assert gradient_types == ["2x5x6x8xf32", "2x5x6x36xf32", "2x5x6x18xf32", "3x3x4x4xf32", "4xf32"]
-    assert re.fullmatch(r"\d+xui8", workspace)
+    assert re.fullmatch(r"\d+x16xui8", workspace)
     assert all(attributes[f"grad_{name}"] == "true" for name in GRADIENTS)
 
 
@@ -185,7 +185,7 @@ def test_deterministic(flags, expected, monkeypatch):
 
 
 def workspace_of(text):
-    return int(sole_call(text)[3][-1].removesuffix("xui8"))
+    return 16 * int(sole_call(text)[3][-1].removesuffix("x16xui8"))
 
 
 # Blocks share its stages where images are few and small.
@@ -212,7 +212,7 @@ def test_workspace_for_any_sizes_is_enough_for_each(case, symbolic, flags, dtype
         wanted = GRADIENTS if target == native.DEFORM_CONV2D_BACKWARD else None
         options = lowering._options(shapes, None, jnp.float32)
         attributes = native.attributes(shapes, geometry, wanted=wanted, **options)
-        return native.cuda_workspace(target, shapes, attributes).shape[0]
+        return native.cuda_workspace(target, shapes, attributes).shape[0]  # rows
 
     sizes = dict(zip("nhw", (case.batch, *case.size), strict=True))
     symbols = dict(zip(symbolic.split(", "), jax.export.symbolic_shape(symbolic), strict=True))

@@ -379,6 +379,34 @@ def test_forward_mode(api, name):
         jax.jvp(without, at, along)
 
 
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("name", PACKS)
+def test_export_for_any_size(api, name, data_format):
+    """With the gradients of all parameters, for every platform."""
+    options = dict(OPTIONS, stride=1, padding="SAME", data_format=data_format)
+    (x,) = inputs_of(name, data_format)
+    params, apply = APIS[api](name, [x], **options)
+    params = random_params(params)
+
+    n, h, w = jax.export.symbolic_shape("n, h, w")
+    symbolic = (n, C_IN, h, w) if data_format == "NCHW" else (n, h, w, C_IN)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    exported = jax.export.export(
+        jax.jit(apply),
+        platforms=("cpu", "cuda", "tpu", "rocm"),
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call(target)
+            for target in ("jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward")
+        ],
+    )(shapes, jax.ShapeDtypeStruct(symbolic, jnp.float32))
+    exported = jax.export.deserialize(exported.serialize(vjp_order=1))
+    for batch, *size in (1, 1, 1), (2, 3, 8), (3, 11, 4):
+        (x,) = inputs_of(name, data_format, batch=batch, image=size)
+        (y, vjp), (desired, desired_vjp) = (jax.vjp(f, params, x) for f in (exported.call, apply))
+        assert_close(y, desired)
+        jax.tree.map(lambda a, d: assert_close(a, d, 1e-4), vjp(y), desired_vjp(y))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_jit_and_vmap(api, name):
     inputs = inputs_of(name)

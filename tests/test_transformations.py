@@ -1,5 +1,6 @@
 """The operator under JAX's transformations, on one device. `test_vmap` has vmap, `test_devices` meshes."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,6 +14,7 @@ from support.cases import DTYPES_OF_16_BITS, PER_IMAGE, SUBSETS, Case
 from support.processes import run_python
 from support.tolerances import assert_close, assert_trees_close
 
+import jax_dcn
 from jax_dcn._operator import native
 
 # Small, for what takes the time is to compile, but with groups of both kinds.
@@ -336,40 +338,104 @@ def test_eval_shape(implementation, data_format):
 
 # --- export ---
 
+TARGETS = ("jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward")
+
+
+def exported(f, *shapes):
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
+    return export.export(jax.jit(f), platforms=PLATFORMS, disabled_checks=checks)(*shapes)
+
+
+def with_symbolic_sizes(case, data_format="NCHW", constraints=("w >= 2",)):
+    """The shapes of the operands for any images of any size."""
+    n, h, w = export.symbolic_shape("n, h, w", constraints=constraints)
+    symbolic = dataclasses.replace(case, batch=n, size=(h, w))
+
+    def shape_of(name, value):
+        if name not in PER_IMAGE:
+            return value.shape
+        sizes = (h, w) if name == "x" else symbolic.output_size
+        return (n, value.shape[1], *sizes) if data_format == "NCHW" else (n, *sizes, value.shape[1])
+
+    return {name: jax.ShapeDtypeStruct(shape_of(name, value), value.dtype) for name, value in case.operands().items()}
+
 
 @marks.implementations_and_formats
 def test_export_for_all_platforms_runs_in_another_process(implementation, data_format, tmp_path):
-    """The result and, by the VJP that the artefact carries, the gradients, for a batch that was not exported."""
-    (n,) = export.symbolic_shape("n")
-    shapes = {
-        name: jax.ShapeDtypeStruct((n, *value.shape[1:]) if name in PER_IMAGE else value.shape, value.dtype)
-        for name, value in PRIMALS.items()
-    }
-    targets = ("jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward")
-    exported = export.export(
-        jax.jit(function(data_format)),
-        platforms=PLATFORMS,
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(target) for target in targets],
-    )(shapes)
-    assert (targets[0] in exported.mlir_module()) == (implementation == "native")
-    (tmp_path / "exported").write_bytes(exported.serialize(vjp_order=1))
+    """The result and, by the VJP that the artefact carries, the gradients, for images of three sizes."""
+    artefact = exported(function(data_format), with_symbolic_sizes(CASE))
+    assert (TARGETS[0] in artefact.mlir_module()) == (implementation == "native")
+    (tmp_path / "exported").write_bytes(artefact.serialize(vjp_order=1))
 
-    repeated = {name: np.concatenate([value] * 3) if name in PER_IMAGE else value for name, value in PRIMALS.items()}
-    np.savez(tmp_path / "operands.npz", **repeated)
+    examples = {
+        str(i): dataclasses.replace(CASE, batch=batch, size=size)
+        for i, (batch, size) in enumerate([(1, (1, 2)), (2, (3, 4)), (3, (17, 6))])
+    }
+    for i, case in examples.items():
+        np.savez(tmp_path / f"operands{i}.npz", **case.smooth_operands())
     run_python(
         f"""
 import jax, numpy as np, jax_dcn
 jax.config.update("jax_enable_x64", True)
-exported = jax.export.deserialize(bytearray(open({str(tmp_path / "exported")!r}, "rb").read()))
+folder = {str(tmp_path)!r}
+exported = jax.export.deserialize(bytearray(open(f"{{folder}}/exported", "rb").read()))
 assert exported.platforms == {PLATFORMS}
-operands = dict(np.load({str(tmp_path / "operands.npz")!r}))
-y, vjp = jax.vjp(exported.call, operands)
-np.savez({str(tmp_path / "results.npz")!r}, y=y, **vjp(jax.numpy.cos(y))[0])
+for i in {"".join(examples)!r}:
+    operands = dict(np.load(f"{{folder}}/operands{{i}}.npz"))
+    y, vjp = jax.vjp(exported.call, operands)
+    np.savez(f"{{folder}}/results{{i}}.npz", y=y, **vjp(jax.numpy.cos(y))[0])
 """
     )
-    with np.load(tmp_path / "results.npz") as file:
-        results = dict(file)
-    assert_close(results["y"], by_definition(repeated))
-    expected = gradient_by_definition(repeated)
-    for name in PRIMALS:
-        assert_close(results[name], expected[name], err_msg=name)
+    for i, case in examples.items():
+        operands = case.smooth_operands()
+        y = cases.by_definition(case, operands)
+        with np.load(tmp_path / f"results{i}.npz") as file:
+            results = dict(file)
+        assert_close(results.pop("y"), y, err_msg=case.size)
+        assert_trees_close(results, cases.gradients_by_definition(case, operands, np.cos(y)))
+
+
+STRIDED = Case("strided", size=(7, 6), kernel=(3, 2), stride=(2, 3), padding=((0, 2), (1, 0)), mask=False)
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+def test_export_with_strides_and_padding_on_each_side(implementation):
+    artefact = exported(cases.deform_conv2d(STRIDED), with_symbolic_sizes(STRIDED, constraints=()))
+    for size in (1, 1), (9, 6), (12, 23):
+        case = dataclasses.replace(STRIDED, size=size)
+        operands = case.operands()
+        assert_close(artefact.call(operands), cases.by_definition(case, operands))
+
+
+def test_export_without_pixels_is_refused_at_the_call(implementation):
+    """By a constraint, which JAX checks whatever the platform."""
+    artefact = exported(function(), with_symbolic_sizes(CASE))
+    with pytest.raises(ValueError, match="constraint w >= 2"):
+        artefact.call(dataclasses.replace(CASE, size=(3, 1)).operands())
+
+
+def test_symbolic_sizes_that_do_not_fit():
+    shapes = with_symbolic_sizes(CASE)
+    shapes["mask"] = jax.ShapeDtypeStruct((*shapes["mask"].shape[:2], *shapes["x"].shape[2:]), jnp.float64)
+    with pytest.raises(ValueError, match=r"mask has spatial size h x w, expected that of the output, h \+ 1 x w - 1"):
+        jax.eval_shape(function(), shapes)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER"])
+def test_same_padding_of_symbolic_sizes(padding):
+    """It is an attribute of the call, so it must be the same for all sizes."""
+    h, w = export.symbolic_shape("h, w")
+
+    def shape(size, out, stride):
+        shapes = [(1, 4, *size), (1, 18, *out), (5, 4, 3, 3)]
+        operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        f = functools.partial(jax_dcn.deform_conv2d, stride=stride, padding=padding)
+        return jax.eval_shape(f, *operands).shape
+
+    assert shape((h, w), (h, w), 1) == (1, 5, h, w)
+    assert shape((2 * h, 6 * w), (h, 2 * w), (2, 3)) == (1, 5, h, 2 * w)
+    message = (
+        rf"padding '{padding}' with stride \(1, 2\) depends on the image's size, which is symbolic here, h x w: give"
+    )
+    with pytest.raises(ValueError, match=message):
+        shape((h, w), (h, (w + 1) // 2), (1, 2))

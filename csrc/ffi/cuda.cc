@@ -21,7 +21,7 @@ namespace jax_dcn {
 namespace {
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
-using Workspace = ffi::BufferR1<ffi::DataType::U8>;
+using Workspace = ffi::BufferR2<ffi::DataType::U8>;
 
 // What the kernels ask for beyond what Checker checks.
 template <class... Arrays>

@@ -116,11 +116,11 @@ def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict
     _, h_out, w_out, _ = operands["offset"].shape
     # Where the program is exported for any size, the formula holds for all.
     known = [size if isinstance(size, int) else None for size in (n, height, width)]
-    constant, per_input_pixel, per_output_pixel = formula(
-        (*known, c_in), operands["weight"].shape, operands["x"].dtype.name, **attributes
-    )
-    total = constant + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
-    return jax.ShapeDtypeStruct((total,), np.uint8)
+    sizes = formula((*known, c_in), operands["weight"].shape, operands["x"].dtype.name, **attributes)
+    # Rows of 16 bytes, since JAX counts what is symbolic in 32 bits, unless it has x64.
+    constant, per_input_pixel, per_output_pixel = (-(-size // 16) for size in sizes)
+    rows = constant + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
+    return jax.ShapeDtypeStruct((rows, 16), np.uint8)
 
 
 def show_config() -> None:

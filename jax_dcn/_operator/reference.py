@@ -6,8 +6,6 @@ tests. It gathers the four corners of every sample, so it stores N * H_out * W_o
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,17 +61,15 @@ def sample(
     y_low, x_low = y_low.astype(jnp.int32), x_low.astype(jnp.int32)
 
     out = valid.shape  # (N, H_out, W_out, kh*kw, deform_groups)
-    samples_per_group = math.prod(out[1:4])
     rows_at = jax.vmap(
-        jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"), in_axes=1, out_axes=1)
+        jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"), in_axes=(1, 3), out_axes=3)
     )
 
     def corner(dy: int, dx: int, weight: jax.Array) -> jax.Array:
         row, column = y_low + dy, x_low + dx
         inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         index = jnp.where(inside, row * width + column, 0)
-        value = rows_at(image, index.reshape(n, samples_per_group, out[4])).reshape(*out, image.shape[-1])
-        return jnp.where(inside[..., None], value, 0) * weight[..., None]
+        return jnp.where(inside[..., None], rows_at(image, index), 0) * weight[..., None]
 
     samples = (
         corner(0, 0, (1 - ly) * (1 - lx))

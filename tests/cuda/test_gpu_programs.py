@@ -75,7 +75,7 @@ class Program:
         return [target for target in targets if "$" not in target]
 
     def workspaces(self):
-        return [int(size) for size in re.findall(r"u8\[(\d+)\]\S*\) custom-call", self.text)]
+        return [16 * int(rows) for rows in re.findall(r"u8\[(\d+),16\]\S*\) custom-call", self.text)]
 
     @property
     def temporary_bytes(self):

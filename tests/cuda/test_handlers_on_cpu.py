@@ -150,7 +150,7 @@ for report in gpu_smoke.reports("float32", [gpu_smoke.Check("small_groups", dete
 
 CHANGES = {
     "work space": "native.cuda_workspace = lambda *a, f=native.cuda_workspace: jax.ShapeDtypeStruct("
-    "(f(*a).shape[0] - 1,), 'uint8')",
+    "(f(*a).shape[0] - 1, 16), 'uint8')",
     "wrong shape": "native.attributes = lambda *a, f=native.attributes, **k: {**f(*a, **k), 'deform_groups': "
     "np.int64(2)}",
 }
