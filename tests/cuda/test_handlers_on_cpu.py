@@ -94,6 +94,36 @@ assert handlers_on_cpu.launched(0) == handlers_on_cpu.launched(1)
     run_python(code, **emulated(handlers, XLA_FLAGS="--xla_force_host_platform_device_count=2"))
 
 
+def test_a_program_for_any_size(handlers):
+    """Exported with a work space whose size is a formula, it has the results of programs for one size."""
+    code = """
+import handlers_on_cpu, jax, jax.numpy as jnp, jax_dcn, numpy as np
+from jax import export
+from jax_dcn._operator import native
+
+def gradients(x, offset, weight):
+    options = dict(stride=2, padding=((0, 1), (2, 1)), groups=2, data_format="NHWC")
+    return jax.value_and_grad(lambda *a: jnp.square(jax_dcn.deform_conv2d(*a, **options)).sum(), (0, 1, 2))(
+        x, offset, weight)
+
+def shapes(n, h, w):
+    return (n, h, w, 6), (n, (h - 2) // 2 + 1, w // 2 + 1, 18), (3, 3, 3, 70)
+
+symbolic = shapes(*export.symbolic_shape("n, h, w"))
+targets = [f"{target}_on_cpu" for target in (native.DEFORM_CONV2D, native.DEFORM_CONV2D_BACKWARD)]
+exported = export.export(
+    jax.jit(gradients), platforms=["cpu"], disabled_checks=[export.DisabledSafetyCheck.custom_call(t) for t in targets]
+)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in symbolic))
+assert all(target in exported.mlir_module() for target in targets)
+rng = np.random.default_rng(0)
+for size in (1, 2, 1), (2, 9, 8), (33, 5, 12):
+    operands = [rng.standard_normal(shape, np.float32) for shape in shapes(*size)]
+    for a, b in zip(jax.tree.leaves(exported.call(*operands)), jax.tree.leaves(jax.jit(gradients)(*operands))):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max(initial=1))
+"""
+    run_python(code, **emulated(handlers))
+
+
 def test_the_smoke_test_runs_every_kernel(handlers):
     """scripts/gpu_smoke.py, which says on a GPU which kernels are wrong."""
     code = """
