@@ -23,7 +23,7 @@ def sampling_coordinates(
     mask: Any = None,
     kernel_size: Setting = 3,
     stride: Setting = 1,
-    padding: PaddingLike | list[PaddingLike] = 1,
+    padding: PaddingLike | list[Any] = 1,
     dilation: Setting = 1,
     deform_group: int = 0,
     data_format: str = "NCHW",

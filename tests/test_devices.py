@@ -43,7 +43,7 @@ class Sharing:
 
     @property
     def case(self):
-        sizes = dict(batch=4, c_in=self.c_in, c_out=self.c_out)
+        sizes = dict(batch=4, c_in=self.c_in, c_out=self.c_out, padding=((2, 0), (0, 2)))
         return Case("shared", **sizes, groups=self.groups, deform_groups=self.deform_groups)
 
     @property

@@ -11,7 +11,7 @@ from support.cases import OPERANDS, PER_IMAGE, SUBSETS, Case
 from support.tolerances import assert_close
 
 # Groups of both kinds, so that a channel that strays into a neighbouring group shows.
-CASE = Case("grouped", c_in=6, c_out=4, size=(4, 3), kernel=(2, 1), groups=2, deform_groups=3)
+CASE = Case("grouped", c_in=6, c_out=4, size=(4, 3), kernel=(2, 1), padding=((2, 0), (0, 2)), groups=2, deform_groups=3)
 
 
 def axis_of(name, subset):

@@ -15,6 +15,7 @@ rngs = nnx.Rngs(0)
 assert_type(jax_dcn.deform_conv2d(x, offset, weight, 1, (1, 2), mask=mask, data_format="NHWC"), jax.Array)
 assert_type(jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, bias=None, precision="highest"), jax.Array)
 assert_type(jax_dcn.deform_conv2d(np.ones(3), offset, weight, padding=[1, 1], bias=False), jax.Array)
+assert_type(jax_dcn.deform_conv2d(x, offset, weight, padding=((0, 1), (1, 0))), jax.Array)
 assert_type(jax_dcn.__version__, str)
 assert_type(jax_dcn.show_config(), None)
 jax_dcn.deform_conv(x, offset, weight)  # type: ignore[attr-defined]
@@ -22,6 +23,7 @@ jax_dcn.deform_conv(x, offset, weight)  # type: ignore[attr-defined]
 for linen_layer in (
     jax_dcn.DeformConv2dPack(16, 8, 3, padding=1),
     jax_dcn.linen.ModulatedDeformConv2dPack(16, 8, (3, 5), dtype=jax.numpy.bfloat16, bias=False),
+    jax_dcn.linen.DeformConv2dPack(16, 8, 3, padding="SAME", forward_mode=True),
 ):
     module: linen.Module = linen_layer
     assert_type(linen_layer(x), jax.Array)
@@ -44,5 +46,5 @@ assert_type(state_dict["conv1.weight"], np.ndarray)
 assert_type(mmcv.to_state_dict(mmcv.load_into(backbone, state_dict)), dict[str, np.ndarray])
 mmcv.save_checkpoint(state_dict, "detector.safetensors")
 
-points, weights = plot.sampling_coordinates(np.ones((18, 5, 5)), (2, 2))
+points, weights = plot.sampling_coordinates(np.ones((18, 5, 5)), (2, 2), padding=["SAME"])
 assert_type(points.ndim, int)
