@@ -77,7 +77,7 @@ def cases() -> dict[str, Any]:
             size=(11, 9),
             kernel=(3, 2),
             stride=(2, 1),
-            padding=(2, 1),
+            padding=((2, 3), (1, 0)),
             dilation=(2, 3),
             mask=False,
             bias=False,
