@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from jax_dcn import mmcv as mmcv
     from jax_dcn import models as models
     from jax_dcn import nnx as nnx
+    from jax_dcn import onnx as onnx
     from jax_dcn import plot as plot
     from jax_dcn.linen import DeformConv2d as DeformConv2d
     from jax_dcn.linen import DeformConv2dPack as DeformConv2dPack
     from jax_dcn.linen import ModulatedDeformConv2d as ModulatedDeformConv2d
     from jax_dcn.linen import ModulatedDeformConv2dPack as ModulatedDeformConv2dPack
 
-# Imported when first used, because most of them need Flax, which is optional.
-_MODULES = ("linen", "mmcv", "models", "nnx", "plot")
+# Imported when first used, because most of them need what is optional, as Flax is.
+_MODULES = ("linen", "mmcv", "models", "nnx", "onnx", "plot")
 _LAYERS = ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack")
 
 

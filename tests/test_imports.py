@@ -16,7 +16,7 @@ ROOMS = (
     ("mmcv",),
     ("linen", "nnx"),
     ("_layers",),
-    ("functional", "plot"),
+    ("functional", "onnx", "plot"),
     ("_checks",),
     ("_operator",),
     ("_operator.differentiation",),
@@ -32,6 +32,7 @@ LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 ENTRANCES = {
     "": {"_operator.native"},  # show_config
     "functional": {"_operator.differentiation"},
+    "onnx": {"_operator.primitives"},
 }
 
 

@@ -1,0 +1,91 @@
+"""Teaches the exporter jax2onnx the operator: each call becomes one ONNX DeformConv. Importing this is all it takes.
+
+import jax2onnx
+import jax_dcn.onnx
+
+jax2onnx.to_onnx(model, [("batch", 3, 224, 224)], return_mode="file", output_path="model.onnx")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_dcn._operator import primitives
+
+try:
+    import onnx_ir as ir
+    from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
+except ModuleNotFoundError as error:
+    raise ImportError("jax_dcn.onnx needs jax2onnx: pip install jax_dcn[onnx]") from error
+
+__all__: list[str] = []
+
+_OPSET = 19  # the first with DeformConv
+_INPUTS = ("x", "weight", "offset", "bias", "mask")  # DeformConv's
+_NCHW_OF_NHWC = {"weight": (3, 2, 0, 1), "bias": (0,)}  # of the others (0, 3, 1, 2)
+
+
+class _DeformConv2d(PrimitiveLeafPlugin):
+    def lower(self, ctx: Any, eqn: Any) -> None:
+        if ctx.opset < _OPSET:
+            raise ValueError(f"deform_conv2d: ONNX has DeformConv from opset {_OPSET} on, got opset={ctx.opset}")
+
+        def node(kind: str, *inputs: Any, dtype: ir.DataType, shape: Sequence[Any], **attributes: Any) -> ir.Value:
+            dimensions = [size if isinstance(size, int) else str(size) for size in shape]
+            output = ir.Value(name=ctx.fresh_name(kind), type=ir.TensorType(dtype), shape=ir.Shape(dimensions))
+            return ctx.builder.op(kind, inputs, attributes, output=output)
+
+        geometry = eqn.params["geometry"]
+        nhwc = geometry.data_format == "NHWC"
+        variables = dict(zip(eqn.params["names"], eqn.invars, strict=True))
+        values = {name: ctx.get_value_for_var(variable) for name, variable in variables.items()}
+        # All of a DeformConv's have one type, in which coordinates are computed: ours are float32 at least.
+        double = any(value.dtype == ir.DataType.DOUBLE for value in values.values())
+        dtype, result_dtype = ir.DataType.DOUBLE if double else ir.DataType.FLOAT, values["x"].dtype
+        for name, value in values.items():
+            shape = variables[name].aval.shape
+            if value.dtype != dtype:
+                value = node("Cast", value, dtype=dtype, shape=shape, to=dtype)
+            if nhwc and name != "bias":
+                axes = _NCHW_OF_NHWC.get(name, (0, 3, 1, 2))
+                value = node("Transpose", value, dtype=dtype, shape=[shape[axis] for axis in axes], perm=axes)
+            values[name] = value
+
+        inputs = [values.get(name) for name in _INPUTS]
+        while inputs[-1] is None:
+            inputs.pop()
+        (out,) = eqn.outvars
+        shape = out.aval.shape
+        y = node(
+            "DeformConv",
+            *inputs,
+            dtype=dtype,
+            shape=[shape[axis] for axis in (0, 3, 1, 2)] if nhwc else shape,
+            kernel_shape=geometry.kernel_size,
+            strides=geometry.stride,
+            pads=(*geometry.padding, *geometry.padding),  # top, left, bottom, right
+            dilations=geometry.dilation,
+            group=geometry.groups,
+            offset_group=geometry.deform_groups,
+        )
+        if nhwc:
+            y = node("Transpose", y, dtype=dtype, shape=shape, perm=(0, 2, 3, 1))
+        if dtype != result_dtype:
+            y = node("Cast", y, dtype=result_dtype, shape=shape, to=result_dtype)
+        ctx.bind_value_for_var(out, y)
+
+
+class _Derivative(PrimitiveLeafPlugin):
+    def lower(self, ctx: Any, eqn: Any) -> None:
+        raise NotImplementedError(
+            "deform_conv2d: ONNX has no derivative of DeformConv: only the function itself can be exported"
+        )
+
+
+for _primitive, _plugin in (
+    (primitives.deform_conv2d_p, _DeformConv2d),
+    (primitives.deform_conv2d_tangent_p, _Derivative),
+    (primitives.deform_conv2d_backward_p, _Derivative),
+):
+    register_primitive(jaxpr_primitive=_primitive.name, context="jax_dcn", component=_primitive.name)(_plugin)

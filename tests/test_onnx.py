@@ -1,0 +1,229 @@
+"""Export to ONNX: one node for each call, and in ONNX Runtime the numbers of the definition."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import cases
+from support.cases import AWKWARD, Case, by_definition
+from support.formats import in_format, to_nchw, to_nhwc
+from support.processes import run_python
+from support.tolerances import assert_close
+
+import jax_dcn
+from jax_dcn import linen
+
+pytest.importorskip("jax2onnx")
+
+import onnx
+import onnxruntime
+from flax import nnx
+from jax2onnx import to_onnx
+
+import jax_dcn.onnx
+
+SMALL = Case("small", padding=(1, 0), stride=(2, 1))
+
+
+def exported(function, inputs, **options):
+    """The model of a function of arrays, checked. An input is an array like it, or a shape of float32."""
+    inputs = [x if isinstance(x, tuple) else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+    with jax.numpy_rank_promotion("allow"):  # which jax2onnx relies on
+        model = to_onnx(function, inputs, **options)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model, *arrays):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [graph_input.name for graph_input in session.get_inputs()]
+    return session.run(None, dict(zip(names, map(np.asarray, arrays), strict=True)))
+
+
+def nodes(model):
+    return collections.Counter(node.op_type for node in model.graph.node)
+
+
+def call(case, operands, data_format="NCHW", **arguments):
+    """The call as a function of the arrays."""
+    names = tuple(operands)
+
+    def function(*arrays):
+        return jax_dcn.deform_conv2d(
+            **dict(zip(names, arrays, strict=True)), **case.arguments, data_format=data_format, **arguments
+        )
+
+    return function
+
+
+# --- functions ---
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("case", AWKWARD, ids=str)
+def test_numbers(case, data_format, dtype):
+    operands = in_format(data_format, case.operands(dtype))
+    model = exported(call(case, operands, data_format), operands.values(), enable_double_precision=dtype == "float64")
+    (y,) = run(model, *operands.values())
+    assert y.dtype == dtype
+    assert_close(y if data_format == "NCHW" else to_nchw(y), cases.drawn_by_definition(case))
+    images = sum(name in ("x", "offset", "mask") for name in operands)
+    transposes = {} if data_format == "NCHW" else {"Transpose": images + 2}  # of the weight and the result too
+    assert nodes(model) == {"DeformConv": 1, **transposes}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES_OF_16_BITS)
+def test_results_of_16_bits_are_rounded_once(dtype):
+    operands = SMALL.operands(dtype)
+    # Images come and go as float32, for which NumPy and ONNX Runtime have the same name.
+    function = call(SMALL, operands)
+    model = exported(
+        lambda *arrays: function(*(array.astype(dtype) for array in arrays)).astype(jnp.float32),
+        SMALL.operands("float32").values(),
+    )
+    (y,) = run(model, *(operand.astype(np.float32) for operand in operands.values()))
+    assert_close(y, by_definition(SMALL, operands), dtype)
+    assert (y == y.astype(jnp.dtype(dtype)).astype(np.float32)).all()
+    (node,) = (node for node in model.graph.node if node.op_type == "DeformConv")
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    assert types[node.output[0]] == onnx.TensorProto.FLOAT
+
+
+def test_offset_and_mask_wider_than_x():
+    operands = SMALL.operands("float32")
+    operands |= {name: operands[name].astype(np.float16) for name in ("x", "weight", "bias")}
+    model = exported(call(SMALL, operands), operands.values())
+    (y,) = run(model, *operands.values())
+    assert y.dtype == np.float16
+    assert_close(y, by_definition(SMALL, operands))
+    assert nodes(model) == {"DeformConv": 1, "Cast": 4}  # of three operands and the result
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_unusable_coordinates_contribute_zero(dtype):
+    operands, _ = cases.unusable_coordinates(dtype)
+    operands = {name: operand.astype(dtype) for name, operand in operands.items()}
+    model = exported(call(cases.UNUSABLE, operands), operands.values(), enable_double_precision=dtype == "float64")
+    assert_close(run(model, *operands.values())[0], by_definition(cases.UNUSABLE, operands))
+
+
+def test_constants():
+    operands = SMALL.operands("float32")
+    x, offset, mask = (operands.pop(name) for name in cases.PER_IMAGE)
+
+    def function(x, offset, mask):
+        return jax_dcn.modulated_deform_conv2d(x, offset, mask, **operands, **SMALL.arguments)
+
+    model = exported(function, [("batch", *array.shape[1:]) for array in (x, offset, mask)])
+    assert nodes(model) == {"DeformConv": 1}
+    for batch in (1, 2):
+        arrays = [array[:batch] for array in (x, offset, mask)]
+        assert_close(run(model, *arrays)[0], function(*arrays))
+
+
+def test_lowest_opset():
+    operands = SMALL.operands("float32")
+    function = call(SMALL, operands)
+    model = exported(function, operands.values(), opset=19)
+    assert [opset.version for opset in model.opset_import if opset.domain == ""] == [19]
+    assert_close(run(model, *operands.values())[0], by_definition(SMALL, operands))
+    with pytest.raises(ValueError, match="deform_conv2d: ONNX has DeformConv from opset 19 on, got opset=18"):
+        exported(function, operands.values(), opset=18)
+
+
+def test_vmap():
+    operands = SMALL.operands("float32")
+    function = call(SMALL, operands)
+    outer = {"x": 0, "weight": 0, "bias": 0}
+    mapped = jax.vmap(jax.vmap(function, (0, None, None, None, None)), [outer.get(name) for name in operands])
+    arrays = [
+        np.stack([SMALL.operands("float32", seed)[name] for seed in range(2)]) if name in outer else operand
+        for name, operand in operands.items()
+    ]
+    arrays[0] = np.stack([arrays[0], arrays[0] + 1], 1)
+    model = exported(mapped, arrays)
+    assert nodes(model)["DeformConv"] == 1
+    assert_close(run(model, *arrays)[0], mapped(*arrays))
+
+
+def test_the_implementation_does_not_matter(implementation):
+    operands = SMALL.operands("float32")
+    for arguments in ({}, {"forward_mode": True}):
+        model = exported(call(SMALL, operands, **arguments), operands.values())
+        assert nodes(model) == {"DeformConv": 1}
+        assert_close(run(model, *operands.values())[0], by_definition(SMALL, operands))
+
+
+def test_derivatives_are_refused():
+    operands = SMALL.operands("float32")
+    function = call(SMALL, operands, forward_mode=True)
+
+    def backward(*arrays):
+        return jax.grad(lambda *arrays: function(*arrays).sum())(*arrays)
+
+    def tangent(x, *others):
+        return jax.jvp(lambda x: function(x, *others), [x], [x])
+
+    for derivative in (backward, tangent):
+        with pytest.raises(NotImplementedError, match="deform_conv2d: ONNX has no derivative of DeformConv"):
+            exported(derivative, operands.values())
+
+
+# --- layers ---
+
+
+def random_parameters(tree):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), tree)
+
+
+def nnx_layer(name, data_format):
+    layer = getattr(jax_dcn.nnx, name)(4, 6, 3, padding=1, deform_groups=2, data_format=data_format, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(layer)
+    return nnx.merge(graph, random_parameters(parameters))
+
+
+def linen_layer(name, data_format):
+    layer = getattr(linen, name)(4, 6, 3, padding=1, deform_groups=2, data_format=data_format)
+    x = jnp.zeros((1, 4, 5, 5) if data_format == "NCHW" else (1, 5, 5, 4), jnp.float32)
+    parameters = random_parameters(jax.eval_shape(layer.init, jax.random.key(0), x))
+    return lambda x: layer.apply(parameters, x)
+
+
+@pytest.mark.parametrize("name", ["DeformConv2dPack", "ModulatedDeformConv2dPack"])
+@pytest.mark.parametrize("flax", [nnx_layer, linen_layer])
+def test_layers(flax, name, data_format):
+    layer = flax(name, data_format)
+    x = np.random.default_rng(1).normal(size=(2, 4, 9, 8)).astype(np.float32)
+    x = x if data_format == "NCHW" else to_nhwc(x)
+    model = exported(layer, [("batch", *x.shape[1:])])
+    assert nodes(model)["DeformConv"] == nodes(model)["Conv"] == 1
+    assert_close(run(model, x)[0], layer(x))
+
+
+# --- the module ---
+
+
+def test_importing_it_again_is_harmless():
+    import importlib
+
+    importlib.reload(jax_dcn.onnx)
+    operands = SMALL.operands("float32")
+    assert nodes(exported(call(SMALL, operands), operands.values())) == {"DeformConv": 1}
+
+
+def test_without_jax2onnx():
+    run_python("""
+import sys
+sys.modules["jax2onnx"] = None
+import jax_dcn
+try:
+    jax_dcn.onnx
+except ImportError as error:
+    assert "pip install jax_dcn[onnx]" in str(error), error
+    assert isinstance(error.__cause__, ModuleNotFoundError)
+else:
+    raise AssertionError("jax_dcn.onnx")
+""")
