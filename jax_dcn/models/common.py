@@ -86,6 +86,13 @@ class ConvModule(nnx.Module):
         return self.conv(x)
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """torch's MaxPool2d(3, 2, 1)."""
+    # Flax's own padding is left out by jax2onnx.
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2))
+
+
 def resize_nearest(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """torch's nearest neighbours, which are those up and left. jax.image.resize takes those around the centres."""
     for axis, target in zip((1, 2), size, strict=True):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jax_dcn._checks import check_data_format, to_count, to_integer
-from jax_dcn.models.common import BatchNorm, conv, freeze, freeze_parameters, trains_norms
+from jax_dcn.models.common import BatchNorm, conv, freeze, freeze_parameters, max_pool, trains_norms
 from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -226,7 +226,7 @@ class ResNet(nnx.Module):
                 f"{name}: x has shape {x.shape}, expected {self.data_format} with {self.in_channels} channels"
             )
         x = nnx.relu(self.bn1(self.conv1(jnp.moveaxis(x, axis, 3))))
-        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = max_pool(x)
         maps = []
         for stage in range(max(self.out_indices) + 1):
             for block in self._stage(stage):
