@@ -3,7 +3,7 @@
 import jax2onnx
 import jax_dcn.onnx
 
-jax2onnx.to_onnx(model, [("batch", 3, 224, 224)], return_mode="file", output_path="model.onnx")
+model = jax2onnx.to_onnx(layer, [("batch", 16, 32, 32)])
 """
 
 from __future__ import annotations
@@ -14,16 +14,32 @@ from typing import Any
 from jax_dcn._operator import primitives
 
 try:
+    import onnx
     import onnx_ir as ir
     from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 except ModuleNotFoundError as error:
     raise ImportError("jax_dcn.onnx needs jax2onnx: pip install jax_dcn[onnx]") from error
 
-__all__: list[str] = []
+__all__ = ["infer_shapes"]
 
 _OPSET = 19  # the first with DeformConv
 _INPUTS = ("x", "weight", "offset", "bias", "mask")  # DeformConv's
-_NCHW_OF_NHWC = {"weight": (3, 2, 0, 1), "bias": (0,)}  # of the others (0, 3, 1, 2)
+_NCHW_OF_NHWC = {"weight": (3, 2, 0, 1)}  # else (0, 3, 1, 2)
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of an exported model whose shapes are those that follow from its nodes.
+
+    Where jax2onnx removes the transposes around a BatchNorm, what comes after keeps the shapes of the other layout, and
+    so do the model's results. ONNX Runtime then warns ("Error merging shape info") or refuses the model ("Incompatible
+    dimensions").
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    for output in copy.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(copy, check_type=True, strict_mode=True, data_prop=True)
 
 
 class _DeformConv2d(PrimitiveLeafPlugin):
@@ -40,7 +56,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
         nhwc = geometry.data_format == "NHWC"
         variables = dict(zip(eqn.params["names"], eqn.invars, strict=True))
         values = {name: ctx.get_value_for_var(variable) for name, variable in variables.items()}
-        # All of a DeformConv's have one type, in which coordinates are computed: ours are float32 at least.
+        # All of a DeformConv's have one type, in which it computes coordinates too: ours are float32 at least.
         double = any(value.dtype == ir.DataType.DOUBLE for value in values.values())
         dtype, result_dtype = ir.DataType.DOUBLE if double else ir.DataType.FLOAT, values["x"].dtype
         for name, value in values.items():
@@ -57,6 +73,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
             inputs.pop()
         (out,) = eqn.outvars
         shape = out.aval.shape
+        (top, bottom), (left, right) = geometry.padding
         y = node(
             "DeformConv",
             *inputs,
@@ -64,7 +81,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
             shape=[shape[axis] for axis in (0, 3, 1, 2)] if nhwc else shape,
             kernel_shape=geometry.kernel_size,
             strides=geometry.stride,
-            pads=(*geometry.padding, *geometry.padding),  # top, left, bottom, right
+            pads=(top, left, bottom, right),
             dilations=geometry.dilation,
             group=geometry.groups,
             offset_group=geometry.deform_groups,
@@ -78,9 +95,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
 
 class _Derivative(PrimitiveLeafPlugin):
     def lower(self, ctx: Any, eqn: Any) -> None:
-        raise NotImplementedError(
-            "deform_conv2d: ONNX has no derivative of DeformConv: only the function itself can be exported"
-        )
+        raise NotImplementedError("deform_conv2d: ONNX has no derivative of DeformConv, so only the result is exported")
 
 
 for _primitive, _plugin in (

@@ -9,11 +9,13 @@ import pytest
 from support import cases
 from support.cases import AWKWARD, Case, by_definition
 from support.formats import in_format, to_nchw, to_nhwc
+from support.models_golden import GoldenModel
 from support.processes import run_python
 from support.tolerances import assert_close
 
 import jax_dcn
-from jax_dcn import linen
+from jax_dcn import linen, mmcv
+from jax_dcn.models import FPN, ResNet
 
 pytest.importorskip("jax2onnx")
 
@@ -27,11 +29,11 @@ import jax_dcn.onnx
 SMALL = Case("small", padding=(1, 0), stride=(2, 1))
 
 
-def exported(function, inputs, **options):
+def exported(function, inputs, infer_shapes=lambda model: model, **options):
     """The model of a function of arrays, checked. An input is an array like it, or a shape of float32."""
     inputs = [x if isinstance(x, tuple) else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
     with jax.numpy_rank_promotion("allow"):  # which jax2onnx relies on
-        model = to_onnx(function, inputs, **options)
+        model = infer_shapes(to_onnx(function, inputs, **options))
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -40,6 +42,10 @@ def run(model, *arrays):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [graph_input.name for graph_input in session.get_inputs()]
     return session.run(None, dict(zip(names, map(np.asarray, arrays), strict=True)))
+
+
+def sizes(value):
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
 def nodes(model):
@@ -201,6 +207,43 @@ def test_layers(flax, name, data_format):
     model = exported(layer, [("batch", *x.shape[1:])])
     assert nodes(model)["DeformConv"] == nodes(model)["Conv"] == 1
     assert_close(run(model, x)[0], layer(x))
+
+
+# --- models ---
+
+
+def relative_errors(actual, expected):
+    """Of each array, relative to its largest value."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        yield np.abs(a - e).max() / np.abs(e).max()
+
+
+# jax2onnx's own.
+@pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("name", "data_format"), [("resnet50-v1", "NHWC"), ("resnet50-caffe-group4", "NCHW")])
+def test_resnet(name, data_format):
+    golden = GoldenModel(name)
+    (x,) = golden.inputs
+    x = x if data_format == "NCHW" else to_nhwc(x)
+    abstract = nnx.eval_shape(lambda: ResNet(**golden.config, data_format=data_format, rngs=nnx.Rngs(0)))
+    resnet = mmcv.load_into(abstract, golden.state_dict)
+    resnet.eval()
+    model = exported(resnet, [("batch", *x.shape[1:])], jax_dcn.onnx.infer_shapes)
+    assert nodes(model)["DeformConv"] == 13
+    for batch in (1, 2):
+        maps = run(model, x[:batch])
+        shapes = [["batch", *y.shape[1:]] for y in maps]
+        assert [sizes(output) for output in model.graph.output] == shapes
+        maps = maps if data_format == "NCHW" else map(to_nchw, maps)
+        assert max(relative_errors(maps, [y[:batch] for y in golden.outputs])) < 1e-5
+
+
+def test_fpn():
+    golden = GoldenModel("fpn-on_output")
+    fpn = mmcv.load_into(FPN(**golden.config, rngs=nnx.Rngs(0)), golden.state_dict)
+    model = exported(lambda *maps: fpn(maps), golden.inputs)
+    assert max(relative_errors(run(model, *golden.inputs), golden.outputs)) < 1e-5
 
 
 # --- the module ---

@@ -99,7 +99,7 @@ def resize_nearest(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
         source = x.shape[axis]
         # In float32, as torch computes them.
         indices = np.floor(np.arange(target, dtype=np.float32) * np.float32(source / target)).astype(int)
-        x = jnp.take(x, np.minimum(indices, source - 1), axis)
+        x = jnp.take(x, np.minimum(indices, source - 1), axis=axis)
     return x
 
 
