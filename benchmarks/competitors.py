@@ -18,7 +18,7 @@ from workloads import WORKLOADS, Operands
 
 
 def onnxruntime_run(task: Task) -> Run:
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     workload = task.workload
     names = {"X": "x", "W": "weight", "offset": "offset", "": "bias", "mask": "mask"}
@@ -29,21 +29,18 @@ def onnxruntime_run(task: Task) -> Run:
     attributes |= {"group": workload.groups, "offset_group": workload.deform_groups}
     node = helper.make_node("DeformConv", inputs, ["Y"], **attributes)
     weight = numpy_helper.from_array(feeds.pop("W"), "W")
-    session = onnxruntime_session([node], dict.fromkeys(feeds), ["Y"], [weight], task.threads)
+    values = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in side] for side in (feeds, ["Y"])
+    ]
+    graph = helper.make_graph([node], "graph", *values, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = onnxruntime_session(model, task.threads)
     return Run(lambda: [{"y": session.run(None, feeds)[0]}])
 
 
-def onnxruntime_session(
-    nodes: list[Any], inputs: dict[str, Any], outputs: list[str], constants: list[Any], threads: int
-) -> Any:
-    """For a graph with these nodes; `inputs` has their shapes, or None."""
+def onnxruntime_session(model: Any, threads: int) -> Any:
     import onnxruntime
-    from onnx import TensorProto, helper
 
-    feeds = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
-    fetches = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
-    graph = helper.make_graph(nodes, "graph", feeds, fetches, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

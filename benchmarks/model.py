@@ -3,8 +3,8 @@
     python benchmarks/model.py             # a forward pass at 800x1344, a training step at 224x224 with batch 8
     python benchmarks/model.py --quick     # the same at 224x224 with batch 2
 
-The model is also written as an ONNX graph and run by ONNX Runtime, whose DeformConv shares nothing with jax_dcn; its
-feature maps must agree first. There is no PyTorch model with deformable layers to compare with unless torchvision is
+The model is also exported to ONNX and run by ONNX Runtime, whose DeformConv shares nothing with jax_dcn; its feature
+maps must agree first. There is no PyTorch model with deformable layers to compare with unless torchvision is
 installed, so torch runs the same ResNet-50 with plain convolutions, and so does XLA: what the model would cost without
 deformation. Every engine has all cores. The competitors take turns; medians and the load of the machine are printed.
 """
@@ -52,13 +52,17 @@ def resnet(deformable: bool) -> ResNet:
     return ResNet(50, rngs=nnx.Rngs(0), **(DCN if deformable else {}))
 
 
+def loaded(state_dict: mmcv.StateDict, deformable: bool) -> ResNet:
+    model = mmcv.load_into(nnx.eval_shape(lambda: resnet(deformable)), state_dict)
+    model.eval()  # norm_eval is mmdet's default, so training uses the running statistics too
+    return model
+
+
 # --- runs: functions without arguments that return the feature maps, or a loss ---
 
 
 def jax_model(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, training: bool) -> Callable[[], list]:
-    model = mmcv.load_into(nnx.eval_shape(lambda: resnet(deformable)), state_dict)
-    model.eval()  # norm_eval is mmdet's default, so training uses the running statistics too
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    graph, parameters, rest = nnx.split(loaded(state_dict, deformable), nnx.Param, ...)
 
     def maps(parameters, x):
         return nnx.merge(graph, parameters, rest)(x)
@@ -72,54 +76,14 @@ def jax_model(state_dict: mmcv.StateDict, x: np.ndarray, *, deformable: bool, tr
     return lambda: jax.block_until_ready(compiled(parameters, x))
 
 
-def onnxruntime_model(state_dict: mmcv.StateDict, image: np.ndarray) -> Callable[[], list]:
-    """The state dict's ResNet-50 as an ONNX graph, the layers in the order of their names' blocks."""
-    from onnx import helper, numpy_helper
+def onnxruntime_model(state_dict: mmcv.StateDict, x: np.ndarray) -> Callable[[], list]:
+    from jax2onnx import to_onnx
 
-    nodes, constants = [], {}
+    from jax_dcn.onnx import infer_shapes
 
-    def constant(key: str) -> str:
-        constants[key] = numpy_helper.from_array(state_dict[key], key)
-        return key
-
-    def node(kind: str, *inputs: str, outputs: int = 1, **attributes) -> str:
-        names = [f"{kind}{len(nodes)}_{i}" for i in range(outputs)]
-        nodes.append(helper.make_node(kind, inputs, names, **attributes))
-        return names[0] if outputs == 1 else names
-
-    def conv(x: str, name: str, stride: int) -> str:
-        size = state_dict[f"{name}.weight"].shape[-1]
-        geometry = dict(kernel_shape=[size] * 2, strides=[stride] * 2, pads=[size // 2] * 4)
-        if f"{name}.conv_offset.weight" not in state_dict:
-            bias = [constant(f"{name}.bias")] if f"{name}.bias" in state_dict else []
-            return node("Conv", x, constant(f"{name}.weight"), *bias, **geometry)
-        out = conv(x, f"{name}.conv_offset", stride)
-        constants["split"] = numpy_helper.from_array(np.array([18, 9]), "split")
-        offset, mask = node("Split", out, "split", outputs=2, axis=1)
-        return node("DeformConv", x, constant(f"{name}.weight"), offset, "", node("Sigmoid", mask), **geometry)
-
-    def norm(x: str, name: str) -> str:
-        leaves = ("weight", "bias", "running_mean", "running_var")
-        return node("BatchNormalization", x, *(constant(f"{name}.{leaf}") for leaf in leaves), epsilon=1e-5)
-
-    x = node("Relu", norm(conv("x", "conv1", 2), "bn1"))
-    x = node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-    outputs = []
-    for stage, stride in enumerate(STRIDES):
-        block = 0
-        while (path := f"layer{stage + 1}.{block}") + ".conv1.weight" in state_dict:
-            strides = (1, stride if block == 0 else 1, 1)
-            y = x
-            for i in (1, 2, 3):
-                y = norm(conv(y, f"{path}.conv{i}", strides[i - 1]), f"{path}.bn{i}")
-                y = node("Relu", y) if i < 3 else y
-            if f"{path}.downsample.0.weight" in state_dict:
-                x = norm(conv(x, f"{path}.downsample.0", strides[1]), f"{path}.downsample.1")
-            x = node("Relu", node("Add", y, x))
-            block += 1
-        outputs.append(x)
-    session = onnxruntime_session(nodes, {"x": image.shape}, outputs, list(constants.values()), os.cpu_count())
-    return lambda: session.run(None, {"x": image})
+    model = infer_shapes(to_onnx(loaded(state_dict, deformable=True), [x.shape], input_names=["x"]))
+    session = onnxruntime_session(model, os.cpu_count())
+    return lambda: session.run(None, {"x": x})
 
 
 def torch_model(state_dict: mmcv.StateDict, x: np.ndarray, *, training: bool) -> Callable[[], list]:

@@ -1,5 +1,7 @@
 """The models: mmdet's numbers from mmdet's state dicts, their arguments, training and errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from support.tolerances import assert_same_arrays
 
 from jax_dcn import mmcv
 from jax_dcn.models import FPN, BatchNorm, FrozenParam, ResNet, ResNeXt
+from jax_dcn.models.common import max_pool
 
 DATA = models_golden.PATH.parent
 DCN = dict(type="DCNv2", deform_groups=2, fallback_on_stride=False)
@@ -87,6 +90,15 @@ def test_fpn(name):
     model = mmcv.load_into(FPN(**golden.config, rngs=nnx.Rngs(0)), golden.state_dict)
     assert_maps(run(model, golden.inputs), golden.outputs, name)
     assert_same_arrays(mmcv.to_state_dict(model), golden.state_dict)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (1, 2)])
+def test_max_pool_is_flaxs(size):
+    x = np.maximum(np.random.default_rng(0).normal(size=(2, *size, 3)), 0)
+    flaxs = functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    (y, vjp), (expected, expected_vjp) = (jax.vjp(pool, x) for pool in (max_pool, flaxs))
+    cotangent = np.random.default_rng(1).normal(size=y.shape)
+    assert_same_arrays({"y": y, "x": vjp(cotangent)[0]}, {"y": expected, "x": expected_vjp(cotangent)[0]})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import cases
 from support.cases import AWKWARD, Case, by_definition
-from support.formats import in_format, to_nchw, to_nhwc
+from support.formats import in_format, to_nchw
 from support.models_golden import GoldenModel
 from support.processes import run_python
 from support.tolerances import assert_close
@@ -36,6 +36,11 @@ def exported(function, inputs, infer_shapes=lambda model: model, **options):
         model = infer_shapes(to_onnx(function, inputs, **options))
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def any_size(channels, data_format="NCHW"):
+    """The shape of images of which jax2onnx leaves everything else open."""
+    return tuple({"N": "batch", "C": channels, "H": "height", "W": "width"}[axis] for axis in data_format)
 
 
 def run(model, *arrays):
@@ -115,18 +120,19 @@ def test_unusable_coordinates_contribute_zero(dtype):
     assert_close(run(model, *operands.values())[0], by_definition(cases.UNUSABLE, operands))
 
 
-def test_constants():
-    operands = SMALL.operands("float32")
-    x, offset, mask = (operands.pop(name) for name in cases.PER_IMAGE)
+def test_constants_and_any_size():
+    constants = {name: operand for name, operand in SMALL.operands("float32").items() if name in ("weight", "bias")}
 
     def function(x, offset, mask):
-        return jax_dcn.modulated_deform_conv2d(x, offset, mask, **operands, **SMALL.arguments)
+        return jax_dcn.modulated_deform_conv2d(x, offset, mask, **constants, padding=1)
 
-    model = exported(function, [("batch", *array.shape[1:]) for array in (x, offset, mask)])
+    model = exported(function, map(any_size, (4, 18, 9)))
     assert nodes(model) == {"DeformConv": 1}
-    for batch in (1, 2):
-        arrays = [array[:batch] for array in (x, offset, mask)]
-        assert_close(run(model, *arrays)[0], function(*arrays))
+    assert sizes(model.graph.output[0]) == ["batch", 3, "height", "width"]
+    for batch, size in ((2, (6, 5)), (1, (3, 8))):
+        case = Case("any_size", batch=batch, size=size)
+        operands = case.operands("float32") | constants
+        assert_close(run(model, *(operands[name] for name in cases.PER_IMAGE))[0], by_definition(case, operands))
 
 
 def test_lowest_opset():
@@ -202,11 +208,12 @@ def linen_layer(name, data_format):
 @pytest.mark.parametrize("flax", [nnx_layer, linen_layer])
 def test_layers(flax, name, data_format):
     layer = flax(name, data_format)
-    x = np.random.default_rng(1).normal(size=(2, 4, 9, 8)).astype(np.float32)
-    x = x if data_format == "NCHW" else to_nhwc(x)
-    model = exported(layer, [("batch", *x.shape[1:])])
+    model = exported(layer, [any_size(4, data_format)])
     assert nodes(model)["DeformConv"] == nodes(model)["Conv"] == 1
-    assert_close(run(model, x)[0], layer(x))
+    rng = np.random.default_rng(1)
+    for shape in ((2, 4, 9, 8), (1, 4, 5, 6)):
+        x = in_format(data_format, {"x": rng.normal(size=shape).astype(np.float32)})["x"]
+        assert_close(run(model, x)[0], layer(x))
 
 
 # --- models ---
@@ -224,19 +231,19 @@ def relative_errors(actual, expected):
 @pytest.mark.parametrize(("name", "data_format"), [("resnet50-v1", "NHWC"), ("resnet50-caffe-group4", "NCHW")])
 def test_resnet(name, data_format):
     golden = GoldenModel(name)
-    (x,) = golden.inputs
-    x = x if data_format == "NCHW" else to_nhwc(x)
+    x = in_format(data_format, {"x": golden.inputs[0]})["x"]
     abstract = nnx.eval_shape(lambda: ResNet(**golden.config, data_format=data_format, rngs=nnx.Rngs(0)))
     resnet = mmcv.load_into(abstract, golden.state_dict)
     resnet.eval()
-    model = exported(resnet, [("batch", *x.shape[1:])], jax_dcn.onnx.infer_shapes)
+    model = exported(resnet, [any_size(3, data_format)], jax_dcn.onnx.infer_shapes)
     assert nodes(model)["DeformConv"] == 13
-    for batch in (1, 2):
-        maps = run(model, x[:batch])
-        shapes = [["batch", *y.shape[1:]] for y in maps]
-        assert [sizes(output) for output in model.graph.output] == shapes
-        maps = maps if data_format == "NCHW" else map(to_nchw, maps)
-        assert max(relative_errors(maps, [y[:batch] for y in golden.outputs])) < 1e-5
+    maps = run(model, x)
+    for output, y in zip(model.graph.output, maps, strict=True):
+        batch, *rest = sizes(output)
+        assert batch == "batch"
+        assert [size for size in rest if isinstance(size, int)] == [y.shape[data_format.index("C")]]
+    maps = maps if data_format == "NCHW" else map(to_nchw, maps)
+    assert max(relative_errors(maps, golden.outputs)) < 1e-5
 
 
 def test_fpn():
