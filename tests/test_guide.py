@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a page needs besides Flax, and what it says that it prints.
-PACKAGES = {"docs/porting.md": ("safetensors", "optax")}
+PACKAGES = {"docs/onnx.md": ("jax2onnx",), "docs/porting.md": ("safetensors", "optax")}
 PRINTED = {"docs/porting.md": "344 (27, 16, 3, 3) {}"}
 
 
@@ -24,6 +24,8 @@ def test_these_have_some():
     assert {"README.md", "docs/porting.md"} <= set(pages())
 
 
+# jax2onnx's own, for a BatchNorm.
+@pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
 @pytest.mark.parametrize("page", pages())
 def test_page(page, monkeypatch, capsys):
     for package in PACKAGES.get(page, ()):

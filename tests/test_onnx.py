@@ -226,7 +226,7 @@ def relative_errors(actual, expected):
         yield np.abs(a - e).max() / np.abs(e).max()
 
 
-# jax2onnx's own.
+# jax2onnx's own, for a BatchNorm.
 @pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "data_format"), [("resnet50-v1", "NHWC"), ("resnet50-caffe-group4", "NCHW")])
 def test_resnet(name, data_format):
