@@ -1,10 +1,4 @@
-"""Teaches the exporter jax2onnx the operator: each call becomes one ONNX DeformConv. Importing this is all it takes.
-
-import jax2onnx
-import jax_dcn.onnx
-
-model = jax2onnx.to_onnx(layer, [("batch", 16, 32, 32)])
-"""
+"""Export to ONNX: once this is imported, the exporter jax2onnx makes one DeformConv node of each call."""
 
 from __future__ import annotations
 
@@ -23,7 +17,7 @@ except ModuleNotFoundError as error:
 __all__ = ["infer_shapes"]
 
 _OPSET = 19  # the first with DeformConv
-_INPUTS = ("x", "weight", "offset", "bias", "mask")  # DeformConv's
+_INPUTS = ("x", "weight", "offset", "bias", "mask")  # in DeformConv's order
 _NCHW_OF_NHWC = {"weight": (3, 2, 0, 1)}  # else (0, 3, 1, 2)
 
 
@@ -56,7 +50,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
         nhwc = geometry.data_format == "NHWC"
         variables = dict(zip(eqn.params["names"], eqn.invars, strict=True))
         values = {name: ctx.get_value_for_var(variable) for name, variable in variables.items()}
-        # All of a DeformConv's have one type, in which it computes coordinates too: ours are float32 at least.
+        # A DeformConv's operands have one type, in which it computes coordinates too, and ours are float32 at least.
         double = any(value.dtype == ir.DataType.DOUBLE for value in values.values())
         dtype, result_dtype = ir.DataType.DOUBLE if double else ir.DataType.FLOAT, values["x"].dtype
         for name, value in values.items():

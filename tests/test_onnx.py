@@ -1,11 +1,13 @@
 """Export to ONNX: one node for each call, and in ONNX Runtime the numbers of the definition."""
 
 import collections
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import cases
 from support.cases import AWKWARD, Case, by_definition
 from support.formats import in_format, to_nchw
@@ -21,7 +23,6 @@ pytest.importorskip("jax2onnx")
 
 import onnx
 import onnxruntime
-from flax import nnx
 from jax2onnx import to_onnx
 
 import jax_dcn.onnx
@@ -170,13 +171,12 @@ def test_the_implementation_does_not_matter(implementation):
 
 def test_derivatives_are_refused():
     operands = SMALL.operands("float32")
-    function = call(SMALL, operands, forward_mode=True)
 
     def backward(*arrays):
-        return jax.grad(lambda *arrays: function(*arrays).sum())(*arrays)
+        return jax.grad(lambda *arrays: call(SMALL, operands)(*arrays).sum())(*arrays)
 
     def tangent(x, *others):
-        return jax.jvp(lambda x: function(x, *others), [x], [x])
+        return jax.jvp(lambda x: call(SMALL, operands, forward_mode=True)(x, *others), [x], [x])
 
     for derivative in (backward, tangent):
         with pytest.raises(NotImplementedError, match="deform_conv2d: ONNX has no derivative of DeformConv"):
@@ -257,8 +257,6 @@ def test_fpn():
 
 
 def test_importing_it_again_is_harmless():
-    import importlib
-
     importlib.reload(jax_dcn.onnx)
     operands = SMALL.operands("float32")
     assert nodes(exported(call(SMALL, operands), operands.values())) == {"DeformConv": 1}
