@@ -18,7 +18,6 @@ __all__ = ["infer_shapes"]
 
 _OPSET = 19  # the first with DeformConv
 _INPUTS = ("x", "weight", "offset", "bias", "mask")  # in DeformConv's order
-_NCHW_OF_NHWC = {"weight": (3, 2, 0, 1)}  # else (0, 3, 1, 2)
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -58,7 +57,7 @@ class _DeformConv2d(PrimitiveLeafPlugin):
             if value.dtype != dtype:
                 value = node("Cast", value, dtype=dtype, shape=shape, to=dtype)
             if nhwc and name != "bias":
-                axes = _NCHW_OF_NHWC.get(name, (0, 3, 1, 2))
+                axes = (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2)
                 value = node("Transpose", value, dtype=dtype, shape=[shape[axis] for axis in axes], perm=axes)
             values[name] = value
 

@@ -1,6 +1,7 @@
 """Export to ONNX: one node for each call, and in ONNX Runtime the numbers of the definition."""
 
 import collections
+import functools
 import importlib
 
 import jax
@@ -134,6 +135,24 @@ def test_constants_and_any_size():
         case = Case("any_size", batch=batch, size=size)
         operands = case.operands("float32") | constants
         assert_close(run(model, *(operands[name] for name in cases.PER_IMAGE))[0], by_definition(case, operands))
+
+
+def test_named_padding():
+    operands = SMALL.operands("float32")
+    x, weight = operands["x"], operands["weight"]
+    offset = np.zeros((2, 18, 3, 3), np.float32)
+    function = functools.partial(jax_dcn.deform_conv2d, stride=2, padding="SAME")  # none on top, 1 on the left
+    model = exported(function, [x, offset, weight])
+    expected = jax.lax.conv_general_dilated(x, weight, (2, 2), "SAME", precision="highest")
+    assert_close(run(model, x, offset, weight)[0], expected)
+
+
+def test_leading_axes_of_a_layer():
+    layer = nnx_layer("ModulatedDeformConv2dPack", "NCHW")
+    x = np.random.default_rng(1).normal(size=(2, 3, 4, 9, 8)).astype(np.float32)
+    model = exported(layer, [x])
+    assert nodes(model)["DeformConv"] == 1
+    assert_close(run(model, x)[0], layer(x))
 
 
 def test_lowest_opset():
