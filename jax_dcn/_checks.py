@@ -35,7 +35,8 @@ def to_array(name: str, argument: str, value: Any) -> jax.Array:
         raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
     if not value.dtype.isnative:
         raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected this machine's byte order")
-    return jnp.asarray(value)
+    # A copy of a traced array would be kept for the backward pass.
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def to_integer(name: str, argument: str, value: Any, forms: str = "an integer") -> int:

@@ -35,8 +35,8 @@ HEADLINE = "r50_c4_76"
 # Without a wheel; in place of the limit of "install".
 BUILD_LIMIT = 300
 
-# Tests that are about the host and would only take a GPU's time: checkpoints, pictures, ONNX, texts, imports, instruction
-# sets, and processes on CPUs. test_train_distributed also wants a data set that GPU machines may lack.
+# Tests that are about the host and would only take a GPU's time: checkpoints, pictures, ONNX, texts, imports,
+# instruction sets, and processes on CPUs. test_train_distributed also wants a data set that GPU machines may lack.
 HOST_TESTS = (
     "test_mmcv",
     "test_plot",

@@ -249,6 +249,16 @@ def test_a_gradient_asked_for_alone_is_the_same(implementation, wanted):
     assert_close(function(operands[wanted]), cases.gradients_by_definition(case, operands, cotangent)[wanted])
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_the_operands_are_saved_and_not_copied(forward_mode):
+    """Those that the gradients depend on, and nothing else."""
+    operands = {name: jnp.asarray(operand) for name, operand in TORCHVISION.operands().items()}
+    _, vjp = jax.vjp(cases.deform_conv2d(TORCHVISION, forward_mode=forward_mode), operands)
+    saved = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(vjp) if isinstance(leaf, jax.Array)]
+    expected = {operands[name].unsafe_buffer_pointer() for name in ("x", "offset", "mask", "weight")}
+    assert set(saved) == expected
+
+
 def test_compiled_program_asks_the_kernel_for_no_more(implementation):
     """In the lowered program, which is what runs: jit eliminates dead code before it lowers."""
     case = dataclasses.replace(TORCHVISION, batch=2)
