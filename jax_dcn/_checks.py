@@ -17,14 +17,16 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jax_dcn._operator.geometry import MAX_PIXELS, MAX_WEIGHTS, Geometry, Padding, Pair
+from jax_dcn._operator.geometry import MAX_PIXELS, MAX_WEIGHTS, Geometry, Pair
 
 DATA_FORMATS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 IMPLEMENTATIONS = ("native", "xla")
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
+# As a caller gives it, and once checked: a name, or for each axis an int for both sides or (before, after).
 PaddingLike = str | int | Sequence[int | Sequence[int]]
+CheckedPadding = str | tuple[int | Pair, int | Pair]
 
 
 def to_array(name: str, argument: str, value: Any) -> jax.Array:
@@ -63,8 +65,8 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
     return pair
 
 
-def to_padding(name: str, value: Any) -> str | tuple[int | Pair, int | Pair]:
-    """One of PADDINGS, of any case, or an int for both axes, or for each an int for both sides or these two."""
+def to_padding(name: str, value: Any) -> CheckedPadding:
+    """One of PADDINGS, of any case, an int for both axes, or one entry for each, an int or a pair."""
     forms = f"an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of {PADDINGS}"
     if isinstance(value, str):
         if value.upper() not in PADDINGS:
@@ -89,21 +91,18 @@ def to_padding(name: str, value: Any) -> str | tuple[int | Pair, int | Pair]:
     return height, width
 
 
-def explicit_padding(
-    name: str, padding: str | tuple[int | Pair, int | Pair], size: Sequence[int], extent: Pair, stride: Pair
-) -> Padding:
-    """What `to_padding` gave, for all sides. What a name means for an image of this size is JAX's affair."""
-    if not isinstance(padding, str):
+def padded(name: str, geometry: Geometry, padding: CheckedPadding, size: Sequence[int]) -> Geometry:
+    """The geometry with the padding. A name means for an image of this size what JAX's convolutions have it mean."""
+    if isinstance(padding, str):
+        height, width = lax.padtype_to_pads(size, geometry.extent, geometry.stride, padding)
+        if not all(isinstance(side, int) for side in (*height, *width)):
+            raise ValueError(
+                f"{name}: padding {padding!r} with stride {geometry.stride} depends on the image's size, which is "
+                f"symbolic here, {size[0]} x {size[1]}: give pairs ((top, bottom), (left, right)) instead"
+            )
+    else:
         height, width = map(_sides, padding)
-        return height, width
-    (top, bottom), (left, right) = lax.padtype_to_pads(size, extent, stride, padding)
-    # Sizes that are symbolic may make it so.
-    if not all(isinstance(side, int) for side in (top, bottom, left, right)):
-        raise ValueError(
-            f"{name}: padding {padding!r} with stride {stride} depends on the image's size, which is symbolic here, "
-            f"{size[0]} x {size[1]}: give pairs ((top, bottom), (left, right)) instead"
-        )
-    return (top, bottom), (left, right)
+    return dataclasses.replace(geometry, padding=(height, width))
 
 
 def _sides(padding: int | Pair) -> Pair:
@@ -254,7 +253,7 @@ def check_operands(
     _check_dtypes(name, operands)
 
     nchw = data_format == "NCHW"
-    asked = to_padding(name, padding)
+    checked = to_padding(name, padding)
     geometry = Geometry(
         kernel_size=tuple(weight.shape[2:] if nchw else weight.shape[:2]),
         stride=to_pair(name, "stride", stride, 1),
@@ -269,10 +268,9 @@ def check_operands(
 
     if _less(height, 1) or _less(width, 1):
         raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
-    explicit = explicit_padding(name, asked, (height, width), geometry.extent, geometry.stride)
-    geometry = dataclasses.replace(geometry, padding=explicit)
-    padded = [n + sum(p) for n, p in zip((height, width), geometry.padding, strict=True)]
-    if any(_less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *padded)):
+    geometry = padded(name, geometry, checked, (height, width))
+    sides = [n + sum(p) for n, p in zip((height, width), geometry.padding, strict=True)]
+    if any(_less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *sides)):
         raise ValueError(
             f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
             f"{height} x {width} with padding {geometry.padding}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_dcn._checks import PaddingLike, check_data_format, explicit_padding, to_padding, to_pair
-from jax_dcn._operator.geometry import Geometry, Padding, Pair
+from jax_dcn._checks import CheckedPadding, PaddingLike, check_data_format, padded, to_padding, to_pair
+from jax_dcn._operator.geometry import Geometry, Pair
 
 Setting = int | Pair | list[int | Pair]  # a list has one for every layer
 
@@ -146,15 +146,14 @@ def _for_layers(name: str, setting: str, value: Any, layers: int, convert: Calla
     return [convert(name, setting, v) for v in values]
 
 
-def _start(name: str, padding: str | Padding, size: Sequence[int] | None, geometry: Geometry) -> np.ndarray:
+def _start(name: str, padding: CheckedPadding, size: Sequence[int] | None, geometry: Geometry) -> np.ndarray:
     """Where the first tap of the first output pixel stands in the layer's input, of this size if it is known."""
     if size is None and padding in ("SAME", "SAME_LOWER") and max(geometry.stride) > 1:
         raise ValueError(
             f"{name}: padding {padding!r} with stride {geometry.stride} depends on the size of the first layer's "
             "input, which is not known: give pairs ((top, bottom), (left, right)) instead"
         )
-    explicit = explicit_padding(name, padding, size or (1, 1), geometry.extent, geometry.stride)
-    return -np.array(explicit)[:, 0]
+    return -np.array(padded(name, geometry, padding, size or (1, 1)).padding)[:, 0]
 
 
 def _image(name: str, argument: str, array: Any, data_format: str, channels: int, group: int) -> np.ndarray:

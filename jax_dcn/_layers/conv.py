@@ -15,15 +15,16 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from jax_dcn._checks import (
+    CheckedPadding,
     PaddingLike,
     check_data_format,
-    explicit_padding,
+    padded,
     to_array,
     to_count,
     to_padding,
     to_pair,
 )
-from jax_dcn._operator.geometry import Geometry, Padding, Pair
+from jax_dcn._operator.geometry import Geometry, Pair
 from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
 
 Initializer = initializers.Initializer
@@ -53,7 +54,7 @@ class Layer:
     forward_mode: bool = False
 
     def _check_arguments(self, bias: Any) -> None:
-        """Checks the arguments, and makes pairs of those that may be an int, pairs of these of the padding.
+        """Checks the arguments, and makes pairs of those that may be an int.
 
         nnx's layers take `bias` and keep a parameter of that name, so it is given.
         """
@@ -115,19 +116,15 @@ class Layer:
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = (
-            *("stride", "padding", "dilation", "groups", "deform_groups"),
-            *("data_format", "precision", "forward_mode"),
-        )
-        return {name: getattr(self, name) for name in names}
+        sizes = ("stride", "padding", "dilation", "groups", "deform_groups")
+        return {name: getattr(self, name) for name in (*sizes, "data_format", "precision", "forward_mode")}
 
     @property
     def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """x, offset and mask as they may be, for whoever only wants the shapes of the parameters."""
         geometry = self._geometry
         size = geometry.extent
-        padding = explicit_padding(type(self).__name__, cast(str | Padding, self.padding), size, size, geometry.stride)
-        out = dataclasses.replace(geometry, padding=padding).output_size(*size)
+        out = padded(type(self).__name__, geometry, cast(CheckedPadding, self.padding), size).output_size(*size)
         shapes: list[tuple[int, ...]] = [(self.in_channels, *size)]
         shapes += [(channels, *out) for channels in (geometry.offset_channels, geometry.mask_channels)]
         if self.data_format == "NHWC":
