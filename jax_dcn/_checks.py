@@ -29,10 +29,14 @@ PaddingLike = str | int | Sequence[int | Sequence[int]]
 CheckedPadding = str | tuple[int | Pair, int | Pair]
 
 
-def to_array(name: str, argument: str, value: Any) -> jax.Array:
-    """An array, of JAX or numpy, of one of the dtypes."""
+def check_array(name: str, argument: str, value: Any) -> None:
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}")
+
+
+def to_array(name: str, argument: str, value: Any) -> jax.Array:
+    """An array, of JAX or numpy, of one of the dtypes."""
+    check_array(name, argument, value)
     if value.dtype.name not in DTYPES:
         raise TypeError(f"{name}: {argument} has dtype {value.dtype}, expected one of {', '.join(DTYPES)}")
     if not value.dtype.isnative:

@@ -496,6 +496,14 @@ def test_wrong_input(api, name, data_format):
         apply(params, *inputs_of(name, data_format, image=(2, 8)))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_missing_x(api, name):
+    inputs = inputs_of(name)
+    params, apply = APIS[api](name, inputs, **OPTIONS)
+    with pytest.raises(TypeError, match=f"^{name}: x must be an array, got None"):
+        apply(params, None, *inputs[1:])
+
+
 def test_missing_mask(api):
     inputs = inputs_of("ModulatedDeformConv2d")
     params, apply = APIS[api]("ModulatedDeformConv2d", inputs, **OPTIONS)

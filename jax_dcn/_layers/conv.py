@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jax_dcn._checks import (
     CheckedPadding,
     PaddingLike,
+    check_array,
     check_data_format,
     padded,
     to_array,
@@ -159,7 +160,9 @@ class Layer:
 
     def _over_leading_axes(self, function: Callable[..., jax.Array], x: jax.Array, **others: Any) -> jax.Array:
         """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
-        name, leading = type(self).__name__, x.shape[:-3]
+        name = type(self).__name__
+        check_array(name, "x", x)
+        leading = x.shape[:-3]
         if x.ndim < 3:
             raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")
         others = {argument: to_array(name, argument, value) for argument, value in others.items()}
