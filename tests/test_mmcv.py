@@ -559,6 +559,15 @@ def test_layers(name):
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, mmcv.convert_state_dict(arrays))
 
 
+@pytest.mark.parametrize("padding", [1, ((0, 1), (2, 0)), "SAME"], ids=str)
+@pytest.mark.parametrize("name", ["DeformConv2d", "ModulatedDeformConv2d"])
+def test_linen_layers_with_given_offsets(name, padding):
+    """Their parameters are known without inputs, whatever the padding makes of the offset's size."""
+    arrays = {"weight": pack()["weight"]}
+    layer = getattr(jax_dcn, name)(C_IN, C_OUT, 3, padding=padding, bias=False)
+    assert_same_arrays(mmcv.to_state_dict(mmcv.load_into(layer, arrays)), arrays)
+
+
 class Blocks(linen.Module):
     """A linen model with what linen keeps apart: a list, and statistics."""
 
