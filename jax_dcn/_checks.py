@@ -222,7 +222,7 @@ def _check_per_pixel(
 
 
 def _less(size: int, bound: int) -> bool:
-    """Whether size < bound, whatever symbolic sizes there are. The kernels check again when these are known."""
+    """Whether size < bound, whatever symbolic sizes there are. The kernels check again what protects memory."""
     try:
         return size < bound
     except core.InconclusiveDimensionOperation:
