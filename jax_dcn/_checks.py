@@ -154,6 +154,11 @@ def implementation() -> str:
     return asked
 
 
+def check_bool(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
+
+
 def check_data_format(name: str, data_format: Any) -> None:
     if not isinstance(data_format, str) or data_format not in DATA_FORMATS:
         raise ValueError(f"{name}: data_format must be one of {DATA_FORMATS}, got {data_format!r}")

@@ -59,8 +59,9 @@ def deform_conv2d(
       offset: the displacement (dy, dx) of every tap, in pixels, of any of these dtypes.
       weight: the kernel, of x's dtype.
       stride, dilation: an int or a pair (height, width).
-      padding: pixels on each side, an int or a pair (height, width); pairs ((top, bottom), (left, right)); or "SAME",
-        "SAME_LOWER" or "VALID", of any case, with the meaning that `jax.lax.conv_general_dilated` gives them.
+      padding: in pixels, an int or a pair (height, width), each for both sides or a pair (before, after), as in
+        ((top, bottom), (left, right)); or "SAME", "SAME_LOWER" or "VALID", of any case, as in
+        `jax.lax.conv_general_dilated`.
       groups: weight groups. C_in and C_out must be multiples.
       deform_groups: groups of input channels with offsets of their own. C_in must be a multiple.
       bias: None or False, or (C_out,) of x's dtype.
@@ -140,6 +141,7 @@ def _checked(
     forward_mode: bool,
 ) -> jax.Array:
     """The call of the public function `name`, once all has been checked."""
+    _checks.check_bool(name, "forward_mode", forward_mode)
     x, offset, weight = (
         _checks.to_array(name, argument, value)
         for argument, value in (("x", x), ("offset", offset), ("weight", weight))

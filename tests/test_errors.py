@@ -26,10 +26,6 @@ def valid_shapes():
 PADDING_FORMS = (
     "an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of ('SAME', 'SAME_LOWER', 'VALID')"
 )
-TOO_LARGE = (
-    "an image, its padded height and its padded width must have fewer than 2^31 pixels, got 7 x 8 with padding "
-    "((0, 2147483647), (0, 0))"
-)
 ARGUMENTS = {"stride": (2, 1), "padding": (1, 1), "dilation": (2, 2), "groups": 2, "deform_groups": 3}
 
 
@@ -90,9 +86,11 @@ ARGUMENT_VALUES = [
     (
         {"padding": ((0, 2**31 - 1), (0, 0))},
         ValueError,
-        TOO_LARGE,
+        "an image, its padded height and its padded width must have fewer than 2^31 pixels, got 7 x 8 with padding "
+        "((0, 2147483647), (0, 0))",
     ),
     ({"padding": 2**31}, ValueError, "padding must be at most 2147483647, got 2147483648"),
+    ({"forward_mode": 1}, TypeError, "forward_mode must be a bool, got 1"),
     ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
     ({"dilation": True}, TypeError, "dilation must be an integer, got True"),
     ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),

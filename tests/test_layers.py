@@ -379,6 +379,15 @@ def test_forward_mode(api, name):
         jax.jvp(without, at, along)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_mode_of_an_nnx_layer_is_set_later(name):
+    inputs = inputs_of(name)
+    layer = construct("nnx", name, **OPTIONS)
+    layer.forward_mode = True
+    y, derivative = jax.jvp(lambda *inputs: layer(*inputs), inputs, inputs)
+    assert derivative.shape == y.shape
+
+
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("name", PACKS)
 def test_export_for_any_size(api, name, data_format):

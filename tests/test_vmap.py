@@ -163,3 +163,40 @@ def test_vmap_of_images_equals_their_batch(implementation):
     assert_close(y.reshape(together.shape), together)
     if implementation == "native":
         np.testing.assert_array_equal(y.reshape(together.shape), together)
+
+
+@pytest.mark.parametrize("subset", [("x", "mask"), ("weight", "bias"), OPERANDS], ids="-".join)
+def test_any_number_of_examples(implementation, subset):
+    """Of an exported program, which knows it only when it is called."""
+    targets = "jax_dcn_deform_conv2d", "jax_dcn_deform_conv2d_backward"
+    in_axes = {name: 0 if name in subset else None for name in CASE.operands()}
+    f = cases.deform_conv2d(CASE)
+
+    def function(operands, cotangent):
+        """The results, and the gradients of each example."""
+
+        def one(operands):
+            y, vjp = jax.vjp(f, operands)
+            return y, vjp(cotangent)[0]
+
+        return jax.vmap(one, (in_axes,))(operands)
+
+    (k,) = jax.export.symbolic_shape("k")
+    shapes = {
+        name: jax.ShapeDtypeStruct((k, *operand.shape) if name in subset else operand.shape, operand.dtype)
+        for name, operand in CASE.operands().items()
+    }
+    exported = jax.export.export(
+        jax.jit(function),
+        platforms=("cpu", "cuda", "tpu", "rocm"),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target) for target in targets],
+    )(shapes, CASE.cotangent())
+    assert all((target in exported.mlir_module()) == (implementation == "native") for target in targets)
+    for size in 1, 3:
+        examples = [CASE.operands(seed=seed) for seed in range(size)]
+        operands = examples[0] | {name: np.stack([example[name] for example in examples]) for name in subset}
+        y, gradients = exported.call(operands, CASE.cotangent())
+        expected_y, expected = loop(CASE, operands, in_axes, size, [CASE.cotangent()] * size)
+        assert_close(y, expected_y)
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected[name], err_msg=name)

@@ -92,11 +92,9 @@ class Checker {
   Geometry ToGeometry(Sizes image, Sizes kernel, const Attributes& a) {
     Geometry g{};
     if (image.size() != 4 || kernel.size() != 4) return Fail("x and weight must have rank 4"), g;
-    if (!IsPair(a.stride) || a.padding.size() != 4 || !IsPair(a.dilation)) {
-      return Fail(
-                 "stride and dilation must be pairs, padding two of these; was the program exported by another version "
-                 "of jax_dcn?"),
-             g;
+    if (!IsPair(a.stride) || !IsPair(a.dilation)) return Fail("stride and dilation must be pairs"), g;
+    if (a.padding.size() != 4) {
+      return Fail("padding must be four numbers; was the program exported by another version of jax_dcn?"), g;
     }
     const int pixels = a.nchw ? 2 : 1;
     g.batch = image[0], g.height = image[pixels], g.width = image[pixels + 1], g.c_in = image[a.nchw ? 1 : 3];

@@ -18,6 +18,7 @@ from jax_dcn._checks import (
     CheckedPadding,
     PaddingLike,
     check_array,
+    check_bool,
     check_data_format,
     padded,
     to_array,
@@ -73,9 +74,8 @@ class Layer:
             size, divisor = getattr(self, channels), getattr(self, groups)
             if size % divisor:
                 raise ValueError(f"{name}: {channels} ({size}) must be a multiple of {groups} ({divisor})")
-        for argument, value in (("bias", bias), ("forward_mode", self.forward_mode)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
+        check_bool(name, "bias", bias)
+        check_bool(name, "forward_mode", self.forward_mode)
         check_data_format(name, self.data_format)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jax_dcn._operator.operands import channel_axis, is_per_image, results
@@ -70,6 +71,20 @@ def batch(primitive: core.Primitive, operands: Sequence[Any], axes: Sequence[int
             for name, operand, axis in zip(names, operands, axes, strict=True)
         ]
         return [_unfold(result, size, 0) for result in primitive.bind(*folded, **params)], [0] * len(computed)
+
+    if not isinstance(size, int):
+        # The examples could only be more output channels or groups, whose number a call must know.
+        examples = {
+            name: jnp.moveaxis(operand, axis, 0)
+            for name, operand, axis in zip(names, operands, axes, strict=True)
+            if axis is not None
+        }
+        others = dict(zip(names, operands, strict=True))
+
+        def one(example: dict[str, jax.Array]) -> list[jax.Array]:
+            return primitive.bind(*(others | example).values(), **params)
+
+        return lax.map(one, examples), [0] * len(computed)
 
     if "grad_y" not in names and not any(map(is_per_image, mapped)):
         # Only the weight and the bias differ, so the examples are more output channels, and share the samples.
