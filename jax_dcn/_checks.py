@@ -45,14 +45,14 @@ def to_array(name: str, argument: str, value: Any) -> jax.Array:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
-def to_integer(name: str, argument: str, value: Any, forms: str = "an integer") -> int:
-    """An int, of Python, numpy or JAX, but no bool. `forms` tells what the argument may be."""
+def to_integer(name: str, argument: str, value: Any) -> int:
+    """An int, of Python, numpy or JAX, but no bool."""
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: {argument} must be {forms}, got {value!r}")
+        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: {argument} must be {forms}, got {value!r}") from None
+        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}") from None
 
 
 def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
@@ -71,22 +71,28 @@ def to_pair(name: str, argument: str, value: Any, minimum: int) -> Pair:
 
 def to_padding(name: str, value: Any) -> CheckedPadding:
     """One of PADDINGS, of any case, an int for both axes, or one entry for each, an int or a pair."""
-    forms = f"an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of {PADDINGS}"
+    wrong = (
+        f"{name}: padding must be an integer, a pair (height, width), pairs ((top, bottom), (left, right)), "
+        f"'SAME', 'SAME_LOWER' or 'VALID', got {value!r}"
+    )
     if isinstance(value, str):
         if value.upper() not in PADDINGS:
-            raise ValueError(f"{name}: padding must be {forms}, got {value!r}")
+            raise ValueError(wrong)
         return value.upper()
     axes = tuple(value) if _is_sequence(value) else (value, value)
     if len(axes) != 2 or any(_is_sequence(axis) and len(axis) != 2 for axis in axes):
-        raise ValueError(f"{name}: padding must be {forms}, got {value!r}")
+        raise ValueError(wrong)
 
     def to_sides(axis: Any) -> int | Pair:
         if not _is_sequence(axis):
-            return to_integer(name, "padding", axis, forms)
-        before, after = (to_integer(name, "padding", side, forms) for side in axis)
+            return to_integer(name, "padding", axis)
+        before, after = (to_integer(name, "padding", side) for side in axis)
         return before, after
 
-    height, width = map(to_sides, axes)
+    try:
+        height, width = map(to_sides, axes)
+    except TypeError:
+        raise TypeError(wrong) from None
     every = [side for axis in (height, width) for side in _sides(axis)]
     if min(every) < 0:
         raise ValueError(f"{name}: padding must be at least 0, got {value!r}")
@@ -102,7 +108,8 @@ def padded(name: str, geometry: Geometry, padding: CheckedPadding, size: Sequenc
         if not all(isinstance(side, int) for side in (*height, *width)):
             raise ValueError(
                 f"{name}: padding {padding!r} with stride {geometry.stride} depends on the image's size, which is "
-                f"symbolic here, {size[0]} x {size[1]}: give pairs ((top, bottom), (left, right)) instead"
+                f"symbolic here, {size[0]} x {size[1]}: give pairs ((top, bottom), (left, right)), or a size that is a "
+                "multiple of the stride"
             )
     else:
         height, width = map(_sides, padding)
@@ -181,6 +188,10 @@ def _check_ranks(name: str, operands: dict[str, Any]) -> None:
 
 
 def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geometry, data_format: str) -> None:
+    if not all(isinstance(size, int) for size in (*weight.shape, c_in)):
+        raise ValueError(
+            f"{name}: only batch, height and width may be symbolic, got C_in ({c_in}) and weight {weight.shape}"
+        )
     groups = geometry.groups
     if data_format == "NCHW":
         c_out, group_in = weight.shape[:2]

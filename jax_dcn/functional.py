@@ -69,8 +69,8 @@ def deform_conv2d(
         the numbers nor the batch sizes allowed.
       mask: None, or a factor for every sample, of any of these dtypes, which makes it DCNv2.
       data_format: "NCHW" or "NHWC".
-      forward_mode: differentiates by JVP and transpose rules, so that `jax.jvp`, `jacfwd`, `linearize` and `hessian`
-        work, and reverse mode too. JAX refuses these of a custom_vjp function, which it is otherwise.
+      forward_mode: differentiates by JVP and transpose rules, so that `jax.jvp`, `jacfwd` and `linearize` work, and
+        reverse mode too. JAX refuses these of a custom_vjp function, which it is otherwise.
       precision: as in `jax.lax.conv_general_dilated`, and by default what `jax.default_matmul_precision` says. Unless
         it is "highest", the CUDA kernels multiply float32 as TF32, from compute capability 8.0 on, and the CPU's
         kernels bfloat16 with samples rounded to bfloat16 where the processor has AVX512-BF16.

@@ -27,8 +27,8 @@ class DeformConv2d(conv.DeformConv2d, nn.Module):
       in_channels: channels of the input.
       out_channels: channels of the output.
       kernel_size, stride (default 1), dilation (1): an int or a pair (height, width).
-      padding: an int (default 0), a pair, pairs ((top, bottom), (left, right)), or "SAME", "SAME_LOWER" or "VALID": see
-        `jax_dcn.deform_conv2d`.
+      padding: an int (default 0), a pair, pairs ((top, bottom), (left, right)), or "SAME", "SAME_LOWER" or "VALID", as
+        in `jax_dcn.deform_conv2d`.
       groups: weight groups (default 1). in_channels and out_channels must be multiples.
       deform_groups: groups of input channels with offsets of their own (default 1). in_channels must be a multiple.
       bias: whether to add a learnable bias (default False; mmcv refuses True).

@@ -24,7 +24,7 @@ def valid_shapes():
 
 
 PADDING_FORMS = (
-    "an integer, a pair (height, width), pairs ((top, bottom), (left, right)) or one of ('SAME', 'SAME_LOWER', 'VALID')"
+    "an integer, a pair (height, width), pairs ((top, bottom), (left, right)), 'SAME', 'SAME_LOWER' or 'VALID'"
 )
 ARGUMENTS = {"stride": (2, 1), "padding": (1, 1), "dilation": (2, 2), "groups": 2, "deform_groups": 3}
 
@@ -80,7 +80,8 @@ ARGUMENT_VALUES = [
     ({"padding": "CIRCULAR"}, ValueError, f"padding must be {PADDING_FORMS}, got 'CIRCULAR'"),
     ({"padding": (1, 2, 3)}, ValueError, f"padding must be {PADDING_FORMS}, got (1, 2, 3)"),
     ({"padding": ((1, 2), (3,))}, ValueError, f"padding must be {PADDING_FORMS}, got ((1, 2), (3,))"),
-    ({"padding": ((1, 2), (3, 0.5))}, TypeError, f"padding must be {PADDING_FORMS}, got 0.5"),
+    ({"padding": ((1, 2), (3, 0.5))}, TypeError, f"padding must be {PADDING_FORMS}, got ((1, 2), (3, 0.5))"),
+    ({"padding": ("SAME", 1)}, TypeError, f"padding must be {PADDING_FORMS}, got ('SAME', 1)"),
     ({"padding": None}, TypeError, f"padding must be {PADDING_FORMS}, got None"),
     ({"padding": True}, TypeError, f"padding must be {PADDING_FORMS}, got True"),
     (
@@ -205,6 +206,16 @@ def test_unknown_implementation(monkeypatch):
     monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", "cuda")
     with pytest.raises(ValueError, match=r"JAX_DCN_IMPLEMENTATION must be one of .*, got 'cuda'"):
         trace(jax_dcn.deform_conv2d)
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_symbolic_channels(name):
+    (c,) = jax.export.symbolic_shape("c")
+    shapes = {"x": (1, 8, 4, 4), "offset": (1, 2, 4, 4), "weight": (8, 8, 1, 1)}
+    shapes[name] = (shapes[name][0], c, *shapes[name][2:])
+    operands = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"^deform_conv2d: only batch, height and width may be symbolic, got C_in \("):
+        jax.eval_shape(lambda operands: jax_dcn.deform_conv2d(**operands), operands)
 
 
 def test_channels_that_the_kernels_cannot_count():

@@ -462,7 +462,7 @@ def test_nnx_transformations_of_the_module(name):
         (dict(kernel_size=(3, 3, 3)), r"kernel_size must be an integer or a pair \(height, width\), got \(3, 3, 3\)"),
         (dict(stride=0), r"stride must be at least 1, got 0"),
         (dict(padding=-1), r"padding must be at least 0, got -1"),
-        (dict(padding="CAUSAL"), r"padding must be an integer, .* or one of \('SAME', .*\), got 'CAUSAL'"),
+        (dict(padding="CAUSAL"), r"padding must be an integer, .* or 'VALID', got 'CAUSAL'"),
         (dict(dilation=(1, 0)), r"dilation must be at least 1, got \(1, 0\)"),
         (dict(data_format="CHWN"), r"data_format must be one of \('NCHW', 'NHWC'\), got 'CHWN'"),
     ],
@@ -493,11 +493,7 @@ def test_wrong_input(api, name, data_format):
     params, apply = APIS[api](name, inputs, **OPTIONS, data_format=data_format)
     x, *samples = inputs
     more_channels = jnp.concatenate([x, x], data_format.index("C"))
-    if name in PACKS:
-        message = f"^{name}: x has 12 channels, expected 6 = in_channels"
-    else:
-        message = r"deform_conv2d: weight has 3 input channels, expected 6 = C_in \(12\) / groups \(2\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{name}: x has 12 channels, expected 6 = in_channels"):
         apply(params, more_channels, *samples)
     with pytest.raises(ValueError, match=f"^{name}: x has 2 dimensions, expected 3 or more"):
         apply(params, x[0, 0], *samples)

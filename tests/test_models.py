@@ -11,7 +11,7 @@ from support import models_golden
 from support.formats import DATA_FORMATS, to_nchw, to_nhwc
 from support.models_golden import GoldenModel
 from support.processes import run_python
-from support.tolerances import assert_same_arrays
+from support.tolerances import assert_close, assert_same_arrays
 
 from jax_dcn import mmcv
 from jax_dcn.models import FPN, BatchNorm, FrozenParam, ResNet, ResNeXt
@@ -98,7 +98,8 @@ def test_max_pool_is_flaxs(size):
     flaxs = functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     (y, vjp), (expected, expected_vjp) = (jax.vjp(pool, x) for pool in (max_pool, flaxs))
     cotangent = np.random.default_rng(1).normal(size=y.shape)
-    assert_same_arrays({"y": y, "x": vjp(cotangent)[0]}, {"y": expected, "x": expected_vjp(cotangent)[0]})
+    assert_same_arrays({"y": y}, {"y": expected})
+    assert_close(vjp(cotangent)[0], expected_vjp(cotangent)[0])
 
 
 @pytest.fixture(scope="module")

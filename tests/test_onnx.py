@@ -254,15 +254,21 @@ def test_resnet(name, data_format):
     abstract = nnx.eval_shape(lambda: ResNet(**golden.config, data_format=data_format, rngs=nnx.Rngs(0)))
     resnet = mmcv.load_into(abstract, golden.state_dict)
     resnet.eval()
-    model = exported(resnet, [any_size(3, data_format)], jax_dcn.onnx.infer_shapes)
+    pixels = tuple(map(data_format.index, "HW"))
+
+    def with_pooled(x):
+        maps = resnet(x)
+        return *maps, maps[-1].mean(pixels)
+
+    model = exported(with_pooled, [any_size(3, data_format)], jax_dcn.onnx.infer_shapes)
     assert nodes(model)["DeformConv"] == 13
-    maps = run(model, x)
-    for output, y in zip(model.graph.output, maps, strict=True):
-        batch, *rest = sizes(output)
-        assert batch == "batch"
-        assert [size for size in rest if isinstance(size, int)] == [y.shape[data_format.index("C")]]
+    *maps, pooled = run(model, x)
+    for output, y in zip(model.graph.output[:-1], maps, strict=True):
+        known = [size if isinstance(size, int) else None for size in sizes(output)]
+        assert known == [size if axis == "C" else None for axis, size in zip(data_format, y.shape, strict=True)]
     maps = maps if data_format == "NCHW" else map(to_nchw, maps)
-    assert max(relative_errors(maps, golden.outputs)) < 1e-5
+    expected = (*golden.outputs, golden.outputs[-1].mean((2, 3)))
+    assert max(relative_errors((*maps, pooled), expected)) < 1e-5
 
 
 def test_fpn():

@@ -111,10 +111,11 @@ def test_second_derivatives_of_one_operand(implementation, moving):
 
 
 @marks.implementations_and_formats
-def test_hessian(implementation, data_format):
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_hessian(implementation, data_format, forward_mode):
     """Forward over reverse mode, vmapped over all directions, of both operands and between them."""
     names = ("mask", "bias")
-    f = loss(data_format, forward_mode=True)
+    f = loss(data_format, forward_mode=forward_mode)
     hessian = jax.jit(jax.hessian(lambda moved: f(PRIMALS | moved)))({name: PRIMALS[name] for name in names})
     for row in names:
         actual = sum(np.tensordot(hessian[row][column], TANGENTS[column], TANGENTS[column].ndim) for column in names)

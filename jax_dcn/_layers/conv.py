@@ -148,15 +148,8 @@ class Layer:
         )
 
     def _run_conv_offset(self, conv_offset: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        name, axis = type(self).__name__, self._geometry.channel_axis
-
-        def run(x: jax.Array) -> jax.Array:
-            # The error of Flax's Conv would be about its kernel.
-            if x.shape[axis] != self.in_channels:
-                raise ValueError(f"{name}: x has {x.shape[axis]} channels, expected {self.in_channels} = in_channels")
-            return jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis)
-
-        return self._over_leading_axes(run, x)
+        axis = self._geometry.channel_axis
+        return self._over_leading_axes(lambda x: jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis), x)
 
     def _over_leading_axes(self, function: Callable[..., jax.Array], x: jax.Array, **others: Any) -> jax.Array:
         """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
@@ -165,6 +158,9 @@ class Layer:
         leading = x.shape[:-3]
         if x.ndim < 3:
             raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")
+        channels = x.shape[self._geometry.channel_axis - 4]
+        if channels != self.in_channels:
+            raise ValueError(f"{name}: x has {channels} channels, expected {self.in_channels} = in_channels")
         others = {argument: to_array(name, argument, value) for argument, value in others.items()}
         for argument, value in others.items():
             if value.ndim != x.ndim:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 _NORMS = ("BN", "BN2d", "SyncBN")
 
@@ -88,9 +89,17 @@ class ConvModule(nnx.Module):
 
 def max_pool(x: jax.Array) -> jax.Array:
     """torch's MaxPool2d(3, 2, 1)."""
-    # Flax's own padding is left out by jax2onnx.
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2))
+
+    # Of Flax's max_pool jax2onnx leaves out the padding, and symbolic sizes of its result are those of its input. ONNX
+    # Runtime pools over three axes at most.
+    def pool_middle(x: jax.Array) -> jax.Array:
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 1), (1, 2, 1), ((0, 0), (1, 1), (0, 0)))
+
+    n, h, w, c = x.shape
+    x = pool_middle(x.reshape(n * h, w, c))
+    w = x.shape[1]
+    x = pool_middle(x.reshape(n, h, w, c).reshape(n, h, w * c))
+    return x.reshape(n, x.shape[1], w, c)
 
 
 def resize_nearest(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
