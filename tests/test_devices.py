@@ -361,6 +361,32 @@ def check_explicit_fallbacks(name, data_format):
         assert actual[1][name].sharding.is_equivalent_to(operand.sharding, operand.ndim), name
 
 
+# --- a mesh that no argument is sharded over ---
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_arguments_of_no_mesh(implementation, axis_type):
+    run_on_four_devices(check_arguments_of_no_mesh, axis_type)
+
+
+def check_arguments_of_no_mesh(axis_type):
+    """Under `jax.set_mesh`, as where a model is initialised, or where the program itself shards its arguments."""
+    operands = operands_of(SHARINGS["images"].case, "NHWC")
+    both = jax.value_and_grad(loss(function(SHARINGS["images"].case, "NHWC")))
+    expected = both(operands)
+    shard = jax.lax.with_sharding_constraint if axis_type == "Auto" else jax.sharding.reshard
+
+    def sharding(operands):
+        return both({name: shard(operand, P("d" if name in PER_IMAGE else None)) for name, operand in operands.items()})
+
+    with jax.set_mesh(jax.make_mesh((4,), ("d",), axis_types=(getattr(AxisType, axis_type),))):
+        for actual in (both(operands), jax.jit(both)(operands)):
+            assert_trees_close(actual, expected)
+        compiled = jax.jit(sharding).lower(operands).compile()
+        assert_trees_close(compiled(operands), expected)
+    assert not collectives(compiled).keys() - {"all-reduce"}
+
+
 # --- shard_map ---
 
 

@@ -1,12 +1,13 @@
 """What differs between jax 0.10 and 0.12, and every import from JAX's private modules."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
-from jax._src import dispatch, sharding_impls
+from jax._src import dispatch, mesh, sharding_impls
 from jax._src.dispatch import apply_primitive as apply_primitive
 from jax.extend import core
 from jax.interpreters import mlir
@@ -40,14 +41,25 @@ def equally_varying(*operands: jax.Array | None) -> list[jax.Array | None]:
     ]
 
 
-def partitions(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a program for several devices is lowered of which this is not yet one device's part.
+def to_partition(ctx: mlir.LoweringRuleContext) -> mlir.LoweringRuleContext | None:
+    """The context for a custom partitioning, in a program for several devices of which this is not yet one's part.
 
-    Not for export: JAX cannot export how a custom partitioning works.
+    None where there is nothing to partition, or no mesh for it, so that all devices compute the same. Nor is it for
+    export: JAX cannot export how a custom partitioning works.
     """
     context = ctx.module_context.axis_context
-    several = isinstance(context, sharding_impls.ShardingContext) and context.num_devices > 1
-    return several and not ctx.module_context.lowering_parameters.for_export
+    if not isinstance(context, sharding_impls.ShardingContext) or context.num_devices == 1:
+        return None
+    if ctx.module_context.lowering_parameters.for_export:
+        return None
+    if context.abstract_mesh is not None or not mesh.thread_resources.env.physical_mesh.empty:
+        return ctx
+    # Where no argument or result is sharded, JAX has not looked for the mesh of `jax.set_mesh`.
+    current = jax.sharding.get_abstract_mesh()
+    if current.size != context.num_devices:
+        return None
+    context = dataclasses.replace(context, abstract_mesh=current)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=context))
 
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:

@@ -50,10 +50,11 @@ def partitioned(primitive: core.Primitive, rule: Callable[..., Any]) -> Callable
     here = mlir.lower_fun(rule, multiple_results=True)
 
     def lower(ctx, *operands, names, geometry, **others):
-        if not compat.partitions(ctx):
+        to_partition = compat.to_partition(ctx)
+        if to_partition is None:
             return here(ctx, *operands, names=names, geometry=geometry, **others)
         call = _Bound(primitive, names, geometry, tuple(sorted(others.items())))
-        return mlir.lower_fun(functools.partial(_on_all_devices, call), multiple_results=True)(ctx, *operands)
+        return mlir.lower_fun(functools.partial(_on_all_devices, call), multiple_results=True)(to_partition, *operands)
 
     return lower
 
