@@ -230,7 +230,8 @@ def _check_per_pixel(
         raise ValueError(f"{name}: {argument} has batch size {n}, expected x's, {batch}")
     if c != channels:
         raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}")
-    if spatial != out:
+    # JAX's own convolutions, such as a Pack's, do not exclude an output without pixels where sizes are symbolic.
+    if any(size not in (pixels, jax.core.max_dim(pixels, 0)) for size, pixels in zip(spatial, out, strict=True)):
         raise ValueError(
             f"{name}: {argument} has spatial size {spatial[0]} x {spatial[1]}, expected that of the output, "
             f"{out[0]} x {out[1]}"

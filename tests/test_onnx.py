@@ -235,6 +235,13 @@ def test_layers(flax, name, data_format):
         assert_close(run(model, x)[0], layer(x))
 
 
+def test_a_pack_without_padding():
+    layer = jax_dcn.nnx.DeformConv2dPack(4, 6, 3, rngs=nnx.Rngs(0))
+    model = exported(layer, [any_size(4)])
+    x = np.random.default_rng(1).normal(size=(2, 4, 9, 8)).astype(np.float32)
+    assert_close(run(model, x)[0], layer(x))
+
+
 # --- models ---
 
 

@@ -415,6 +415,20 @@ def test_export_without_pixels_is_refused_at_the_call(implementation):
         artefact.call(dataclasses.replace(CASE, size=(3, 1)).operands())
 
 
+def test_export_with_offsets_of_a_convolution(implementation):
+    """Whose symbolic size, as JAX has it, is 0 where ours would be negative: max(h - 2, 0)."""
+    operands = Case("valid", c_in=4, padding=(0, 0), mask=False, bias=False).operands()
+    kernel, weight = np.resize(operands["weight"], (18, 4, 3, 3)), operands["weight"]
+
+    def f(x):
+        offset = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID")
+        return jax_dcn.deform_conv2d(x, offset, weight)
+
+    n, h, w = export.symbolic_shape("n, h, w")
+    artefact = exported(f, jax.ShapeDtypeStruct((n, 4, h, w), jnp.float64))
+    assert_close(artefact.call(operands["x"]), f(operands["x"]))
+
+
 def test_symbolic_sizes_that_do_not_fit():
     shapes = with_symbolic_sizes(CASE)
     shapes["mask"] = jax.ShapeDtypeStruct((*shapes["mask"].shape[:2], *shapes["x"].shape[2:]), jnp.float64)
