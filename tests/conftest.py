@@ -27,15 +27,27 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
+def fail_if_skipped_for_another_reason(report):
     allowed = os.environ.get("JAX_DCN_ALLOWED_SKIPS")
     if allowed is not None and report.skipped:
         _, _, reason = report.longrepr
         if not re.search(allowed, reason):
             report.outcome = "failed"
             report.longrepr = f"{reason}, which JAX_DCN_ALLOWED_SKIPS={allowed} does not allow"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Of a file, which may skip as a whole."""
+    report = yield
+    fail_if_skipped_for_another_reason(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    fail_if_skipped_for_another_reason(report)
     if report.failed and (path := os.environ.get("JAX_DCN_FAILURES")):
         with open(path, "a") as file:
             file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n")
