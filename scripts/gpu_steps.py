@@ -38,6 +38,7 @@ BUILD_LIMIT = 300
 # Tests that are about the host and would only take a GPU's time: checkpoints, pictures, ONNX, texts, imports,
 # instruction sets, and processes on CPUs. test_train_distributed also wants a data set that GPU machines may lack.
 HOST_TESTS = (
+    "test_checkpoints",
     "test_mmcv",
     "test_plot",
     "test_onnx",

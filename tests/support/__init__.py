@@ -2,6 +2,7 @@
 
 cases              geometries worth a test, their operands, and the library and the definition called on these
 marks              parametrisations by implementation, dtype, data format and operands
+state_dicts        state dicts as torch has them
 strategies         any geometry, for hypothesis
 formats            NCHW and NHWC
 oracle             the operator and its gradients by their definition
