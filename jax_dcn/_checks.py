@@ -93,7 +93,7 @@ def to_padding(name: str, value: Any) -> CheckedPadding:
         height, width = map(to_sides, axes)
     except TypeError:
         raise TypeError(wrong) from None
-    every = [side for axis in (height, width) for side in _sides(axis)]
+    every = [side for axis in (height, width) for side in sides_of(axis)]
     if min(every) < 0:
         raise ValueError(f"{name}: padding must be at least 0, got {value!r}")
     if max(every) > MAX_PIXELS:
@@ -112,11 +112,12 @@ def padded(name: str, geometry: Geometry, padding: CheckedPadding, size: Sequenc
                 "multiple of the stride"
             )
     else:
-        height, width = map(_sides, padding)
+        height, width = map(sides_of, padding)
     return dataclasses.replace(geometry, padding=(height, width))
 
 
-def _sides(padding: int | Pair) -> Pair:
+def sides_of(padding: int | Pair) -> Pair:
+    """Of an axis, from an entry of a checked padding."""
     return padding if isinstance(padding, tuple) else (padding, padding)
 
 
@@ -166,6 +167,21 @@ def check_bool(name: str, argument: str, value: Any) -> None:
         raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
 
 
+def check_channels(name: str, shape: Sequence[Any], channels: int, data_format: str) -> None:
+    """Checks the channels of a layer's input."""
+    actual = shape[data_format.index("C") - 4]
+    if actual != channels:
+        hint = _other_format("x", shape, data_format, channels)
+        raise ValueError(f"{name}: x has {actual} channels, expected {channels} = in_channels{hint}")
+
+
+def _other_format(argument: str, shape: Sequence[Any], data_format: str, *channels: Any) -> str:
+    """What an error about channels adds where the other data format would have one of the numbers expected."""
+    (other,) = set(DATA_FORMATS) - {data_format}
+    fits = shape[other.index("C") - 4] in channels
+    return f"; {argument}'s shape {tuple(shape)} would fit with data_format={other!r}" if fits else ""
+
+
 def check_data_format(name: str, data_format: Any) -> None:
     if not isinstance(data_format, str) or data_format not in DATA_FORMATS:
         raise ValueError(f"{name}: data_format must be one of {DATA_FORMATS}, got {data_format!r}")
@@ -187,7 +203,8 @@ def _check_ranks(name: str, operands: dict[str, Any]) -> None:
             )
 
 
-def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geometry, data_format: str) -> None:
+def _check_weight(name: str, x: Any, weight: Any, bias: Any, geometry: Geometry, data_format: str) -> None:
+    c_in = x.shape[data_format.index("C")]
     if not all(isinstance(size, int) for size in (*weight.shape, c_in)):
         raise ValueError(
             f"{name}: only batch, height and width may be symbolic, got C_in ({c_in}) and weight {weight.shape}"
@@ -199,15 +216,17 @@ def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geomet
     else:
         group_in, c_out = weight.shape[2:]
         order = "(kh, kw, C_in/groups, C_out)"
-    for argument, size in (("C_in", c_in), ("C_out", c_out)):
+    # The weight's input channels as either format has them.
+    hint = _other_format("x", x.shape, data_format, weight.shape[1] * groups, weight.shape[2] * groups)
+    for argument, size, more in (("C_in", c_in, hint), ("C_out", c_out, "")):
         if size < 1 or size % groups:
-            raise ValueError(f"{name}: {argument} ({size}) must be a positive multiple of groups ({groups})")
+            raise ValueError(f"{name}: {argument} ({size}) must be a positive multiple of groups ({groups}){more}")
     if c_in % geometry.deform_groups:
-        raise ValueError(f"{name}: C_in ({c_in}) must be a multiple of deform_groups ({geometry.deform_groups})")
+        raise ValueError(f"{name}: C_in ({c_in}) must be a multiple of deform_groups ({geometry.deform_groups}){hint}")
     if group_in != c_in // groups:
         raise ValueError(
             f"{name}: weight has {group_in} input channels, expected {c_in // groups} = C_in ({c_in}) / "
-            f"groups ({groups}), in shape {weight.shape} as {order}"
+            f"groups ({groups}), in shape {weight.shape} as {order}{hint}"
         )
     if geometry.taps == 0:
         raise ValueError(f"{name}: weight has an empty kernel, in shape {weight.shape} as {order}")
@@ -221,7 +240,15 @@ def _check_weight(name: str, weight: Any, bias: Any, c_in: int, geometry: Geomet
 
 
 def _check_per_pixel(
-    name: str, argument: str, array: Any, channels: int, formula: str, batch: int, out: Pair, data_format: str
+    name: str,
+    argument: str,
+    array: Any,
+    channels: int,
+    formula: str,
+    batch: int,
+    out: Pair,
+    data_format: str,
+    modulated: bool,
 ) -> None:
     """Checks offset or mask: one value per image, channel and output pixel."""
     n, *rest = array.shape
@@ -229,12 +256,14 @@ def _check_per_pixel(
     if n != batch:
         raise ValueError(f"{name}: {argument} has batch size {n}, expected x's, {batch}")
     if c != channels:
-        raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}")
+        hint = _other_format(argument, array.shape, data_format, channels)
+        raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}{hint}")
     # JAX's own convolutions, such as a Pack's, do not exclude an output without pixels where sizes are symbolic.
     if any(size not in (pixels, jax.core.max_dim(pixels, 0)) for size, pixels in zip(spatial, out, strict=True)):
+        hint = "; mmcv's version 2 does not check it: see 'Offsets of another level' in docs/porting.md"
         raise ValueError(
             f"{name}: {argument} has spatial size {spatial[0]} x {spatial[1]}, expected that of the output, "
-            f"{out[0]} x {out[1]}"
+            f"{out[0]} x {out[1]}{hint if modulated else ''}"
         )
 
 
@@ -284,8 +313,8 @@ def check_operands(
         data_format=data_format,
     )
     batch = x.shape[0]
-    c_in, height, width = x.shape[1:] if nchw else (x.shape[3], x.shape[1], x.shape[2])
-    _check_weight(name, weight, bias, c_in, geometry, data_format)
+    height, width = x.shape[2:] if nchw else x.shape[1:3]
+    _check_weight(name, x, weight, bias, geometry, data_format)
 
     if _less(height, 1) or _less(width, 1):
         raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
@@ -305,7 +334,8 @@ def check_operands(
         )
     kh, kw = geometry.kernel_size
     formula = f"deform_groups ({geometry.deform_groups}) * kernel {kh} * {kw}"
-    _check_per_pixel(name, "offset", offset, geometry.offset_channels, f"{formula} * 2", batch, out, data_format)
+    common = (batch, out, data_format, mask is not None)
+    _check_per_pixel(name, "offset", offset, geometry.offset_channels, f"{formula} * 2", *common)
     if mask is not None:
-        _check_per_pixel(name, "mask", mask, geometry.mask_channels, formula, batch, out, data_format)
+        _check_per_pixel(name, "mask", mask, geometry.mask_channels, formula, *common)
     return geometry

@@ -83,10 +83,10 @@ def deform_conv2d(
       ValueError: shapes that do not fit one another.
     """
     del im2col_step
-    return _checked(
+    return checked_deform_conv2d(
         "deform_conv2d",
         *(x, offset, mask, weight, bias),
-        sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
+        **dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
         data_format=data_format,
         precision=precision,
         forward_mode=forward_mode,
@@ -117,17 +117,17 @@ def modulated_deform_conv2d(
     """
     if mask is None:
         raise TypeError("modulated_deform_conv2d: mask must be an array, got None")
-    return _checked(
+    return checked_deform_conv2d(
         "modulated_deform_conv2d",
         *(x, offset, mask, weight, bias),
-        sizes=dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
+        **dict(stride=stride, padding=padding, dilation=dilation, groups=groups, deform_groups=deform_groups),
         data_format=data_format,
         precision=precision,
         forward_mode=forward_mode,
     )
 
 
-def _checked(
+def checked_deform_conv2d(
     name: str,
     x: Any,
     offset: Any,
@@ -135,12 +135,12 @@ def _checked(
     weight: Any,
     bias: Any,
     *,
-    sizes: dict[str, Any],
     data_format: str,
     precision: lax.PrecisionLike,
     forward_mode: bool,
+    **sizes: Any,
 ) -> jax.Array:
-    """The call of the public function `name`, once all has been checked."""
+    """The operator, once all has been checked. Errors begin with `name`, that of a public function or layer."""
     _checks.check_bool(name, "forward_mode", forward_mode)
     x, offset, weight = (
         _checks.to_array(name, argument, value)

@@ -14,7 +14,17 @@ except ModuleNotFoundError as error:
 __all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"]
 
 
-class DeformConv2d(conv.DeformConv2d, nn.Module):
+class _Named:
+    """Errors begin with the class and the path within the model."""
+
+    @property
+    def _name(self) -> str:
+        name = type(self).__name__
+        path = self.path if isinstance(self, nn.Module) and getattr(self, "scope", None) else ()
+        return f"{name} {'/'.join(path)}" if path else name
+
+
+class DeformConv2d(_Named, conv.DeformConv2d, nn.Module):
     """Deformable convolution with given offsets (DCNv1, Dai et al. 2017, https://arxiv.org/abs/1703.06211).
 
     The layer of `mmcv.ops.DeformConv2d` over `jax_dcn.deform_conv2d`, which gives the formula and the shapes.
@@ -85,7 +95,7 @@ class DeformConv2dPack(DeformConv2d):
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
 
-class ModulatedDeformConv2d(conv.ModulatedDeformConv2d, nn.Module):
+class ModulatedDeformConv2d(_Named, conv.ModulatedDeformConv2d, nn.Module):
     """Modulated deformable convolution (DCNv2, Zhu et al. 2018, https://arxiv.org/abs/1811.11168).
 
     The layer of `mmcv.ops.ModulatedDeformConv2d` over `jax_dcn.modulated_deform_conv2d`. Its parameters and

@@ -202,6 +202,33 @@ def test_message_of_the_contract(transform):
     )
 
 
+@pytest.mark.parametrize("weight", [(4, 8, 3, 3), (3, 3, 8, 4)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_x_in_the_other_data_format(weight, groups):
+    """Whichever format the weight has."""
+    weight = tuple(size // groups if size == 8 else size for size in weight)
+    x, offset = np.ones((1, 11, 10, 8)), np.ones((1, 18, 11, 10))
+    with pytest.raises(ValueError, match=r"; x's shape \(1, 11, 10, 8\) would fit with data_format='NHWC'$"):
+        jax_dcn.deform_conv2d(x, offset, np.ones(weight), padding=1, groups=groups)
+
+
+def test_offset_in_the_other_data_format():
+    x, offset = np.ones((1, 8, 11, 10)), np.ones((1, 11, 10, 18))
+    message = r"offset has 11 channels, .*; offset's shape \(1, 11, 10, 18\) would fit with data_format='NHWC'$"
+    with pytest.raises(ValueError, match=message):
+        jax_dcn.deform_conv2d(x, offset, np.ones((4, 8, 3, 3)), padding=1)
+
+
+def test_offsets_of_another_level():
+    """Which mmcv does not check in version 2."""
+    x, offset, mask, weight = (np.ones((1, *shape)) for shape in ((2, 5, 5), (18, 9, 9), (9, 9, 9), (2, 3, 3)))
+    message = r"offset has spatial size 9 x 9, .*: see 'Offsets of another level' in docs/porting\.md$"
+    with pytest.raises(ValueError, match=message):
+        jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, padding=1)
+    with pytest.raises(ValueError, match=r"expected that of the output, 5 x 5$"):
+        jax_dcn.deform_conv2d(x, offset, weight, padding=1)
+
+
 def test_unknown_implementation(monkeypatch):
     monkeypatch.setenv("JAX_DCN_IMPLEMENTATION", "cuda")
     with pytest.raises(ValueError, match=r"JAX_DCN_IMPLEMENTATION must be one of .*, got 'cuda'"):

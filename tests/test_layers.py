@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax import lax
 from jax.nn import initializers
 from support.formats import DATA_FORMATS, to_nchw, to_nhwc
@@ -497,8 +497,46 @@ def test_wrong_input(api, name, data_format):
         apply(params, more_channels, *samples)
     with pytest.raises(ValueError, match=f"^{name}: x has 2 dimensions, expected 3 or more"):
         apply(params, x[0, 0], *samples)
-    with pytest.raises(ValueError, match=r"deform_conv2d: the output would have no pixels"):
+    with pytest.raises(ValueError, match=f"^{name}: the output would have no pixels"):
         apply(params, *inputs_of(name, data_format, image=(2, 8)))
+    (other,) = set(DATA_FORMATS) - {data_format}
+    with pytest.raises(ValueError, match=rf"^{name}: x has . channels, .* would fit with data_format='{other}'"):
+        apply(params, jnp.moveaxis(x, data_format.index("C"), other.index("C")), *samples)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ("strides", "stride"),
+        ("use_bias", "bias"),
+        ("features", "out_channels"),
+        ("in_features", "in_channels"),
+        ("kernel_dilation", "dilation"),
+        ("deformable_groups", "deform_groups"),
+    ],
+)
+def test_names_that_others_have_for_an_argument(api, name, given, ours):
+    with pytest.raises(TypeError, match=f"^{name}: the argument {given} is called {ours} here, as in mmcv$"):
+        construct(api, name, **OPTIONS, **{given: 2})
+
+
+def test_linens_errors_name_the_path():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return jax_dcn.ModulatedDeformConv2dPack(4, 4, 3, name="conv2")(x)
+
+    class Model(linen.Module):
+        def setup(self):
+            self.blocks = [Block()]
+
+        def __call__(self, x):
+            return self.blocks[0](x)
+
+    for x, message in (((1, 5, 6, 4), "x has 5 channels"), ((1, 4, 2, 2), "the output would have no pixels")):
+        with pytest.raises(ValueError, match=f"^ModulatedDeformConv2dPack blocks_0/conv2: {message}"):
+            Model().init(jax.random.key(0), jnp.ones(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -19,6 +18,7 @@ from jax_dcn._checks import (
     PaddingLike,
     check_array,
     check_bool,
+    check_channels,
     check_data_format,
     padded,
     to_array,
@@ -26,15 +26,16 @@ from jax_dcn._checks import (
     to_padding,
     to_pair,
 )
+from jax_dcn._layers.arguments import MmcvArguments
 from jax_dcn._operator.geometry import Geometry, Pair
-from jax_dcn.functional import deform_conv2d, modulated_deform_conv2d
+from jax_dcn.functional import checked_deform_conv2d
 
 Initializer = initializers.Initializer
 
 
 # Flax's modules bring their own comparison and representation.
 @dataclasses.dataclass(eq=False, repr=False)
-class Layer:
+class Layer(MmcvArguments):
     """The arguments of every layer, in mmcv's order, then those of Flax's Conv."""
 
     in_channels: int
@@ -55,12 +56,17 @@ class Layer:
     data_format: str = "NCHW"
     forward_mode: bool = False
 
+    @property
+    def _name(self) -> str:
+        """With which errors begin."""
+        return type(self).__name__
+
     def _check_arguments(self, bias: Any) -> None:
         """Checks the arguments, and makes pairs of those that may be an int.
 
         nnx's layers take `bias` and keep a parameter of that name, so it is given.
         """
-        name = type(self).__name__
+        name = self._name
         for argument in ("in_channels", "out_channels", "groups", "deform_groups"):
             setattr(self, argument, to_count(name, argument, getattr(self, argument)))
         for argument, minimum in (("kernel_size", 1), ("stride", 1), ("dilation", 1)):
@@ -110,7 +116,7 @@ class Layer:
         """The parameter `kernel` in the order of the functions."""
         if kernel.shape != self._kernel_shape:
             raise ValueError(
-                f"{type(self).__name__}: kernel has shape {kernel.shape}, expected {self._kernel_shape} = "
+                f"{self._name}: kernel has shape {kernel.shape}, expected {self._kernel_shape} = "
                 "(kh, kw, in_channels/groups, out_channels)"
             )
         return kernel if self.data_format == "NHWC" else jnp.transpose(kernel, (3, 2, 0, 1))
@@ -125,7 +131,7 @@ class Layer:
         """x, offset and mask as they may be, for whoever only wants the shapes of the parameters."""
         geometry = self._geometry
         size = geometry.extent
-        out = padded(type(self).__name__, geometry, cast(CheckedPadding, self.padding), size).output_size(*size)
+        out = padded(self._name, geometry, cast(CheckedPadding, self.padding), size).output_size(*size)
         shapes: list[tuple[int, ...]] = [(self.in_channels, *size)]
         shapes += [(channels, *out) for channels in (geometry.offset_channels, geometry.mask_channels)]
         if self.data_format == "NHWC":
@@ -151,16 +157,24 @@ class Layer:
         axis = self._geometry.channel_axis
         return self._over_leading_axes(lambda x: jnp.moveaxis(conv_offset(jnp.moveaxis(x, axis, 3)), 3, axis), x)
 
+    def _convolve(
+        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *offset_and_mask: jax.Array
+    ) -> jax.Array:
+        weight = self._weight(kernel)
+
+        def convolve(x: jax.Array, offset: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+            return checked_deform_conv2d(self._name, x, offset, mask, weight, bias, **self._options)
+
+        return self._over_leading_axes(convolve, x, **dict(zip(("offset", "mask"), offset_and_mask, strict=False)))
+
     def _over_leading_axes(self, function: Callable[..., jax.Array], x: jax.Array, **others: Any) -> jax.Array:
         """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
-        name = type(self).__name__
+        name = self._name
         check_array(name, "x", x)
         leading = x.shape[:-3]
         if x.ndim < 3:
             raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")
-        channels = x.shape[self._geometry.channel_axis - 4]
-        if channels != self.in_channels:
-            raise ValueError(f"{name}: x has {channels} channels, expected {self.in_channels} = in_channels")
+        check_channels(name, x.shape, self.in_channels, self.data_format)
         others = {argument: to_array(name, argument, value) for argument, value in others.items()}
         for argument, value in others.items():
             if value.ndim != x.ndim:
@@ -185,10 +199,6 @@ class DeformConv2d(Layer):
         """Uniform, with mmcv's bound sqrt(6 / fan_in)."""
         return initializers.he_uniform()
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array) -> jax.Array:
-        function = functools.partial(deform_conv2d, weight=self._weight(kernel), bias=bias, **self._options)
-        return self._over_leading_axes(function, x, offset=offset)
-
     @property
     def _conv_offset_channels(self) -> int:
         return self._geometry.offset_channels
@@ -209,12 +219,6 @@ class ModulatedDeformConv2d(Layer):
         """Uniform, with mmcv's bound 1 / sqrt(in_channels * kh * kw), which `groups` does not change."""
         # variance_scaling's bound is sqrt(3 * scale / fan_in), where fan_in is in_channels / groups * kh * kw.
         return initializers.variance_scaling(1 / (3 * self.groups), "fan_in", "uniform")
-
-    def _convolve(
-        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, offset: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        function = functools.partial(modulated_deform_conv2d, weight=self._weight(kernel), bias=bias, **self._options)
-        return self._over_leading_axes(function, x, offset=offset, mask=mask)
 
     @property
     def _conv_offset_channels(self) -> int:
