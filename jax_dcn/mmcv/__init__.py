@@ -7,7 +7,12 @@ A state dict here is flat and mmcv's: dotted names, and PyTorch's layouts. torch
 files of their formats, Flax only by what fills its modules. On the command line,
 
     python -m jax_dcn.mmcv convert in.pth out.safetensors
+
+`jax_dcn.mmcv.nn` has the parts of which ports are made, for Flax's nnx.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jax_dcn.mmcv.checkpoint import StateDict as StateDict
 from jax_dcn.mmcv.checkpoint import load_checkpoint as load_checkpoint
@@ -16,3 +21,12 @@ from jax_dcn.mmcv.convert import StateDictError as StateDictError
 from jax_dcn.mmcv.convert import convert_state_dict as convert_state_dict
 from jax_dcn.mmcv.convert import load_into as load_into
 from jax_dcn.mmcv.convert import to_state_dict as to_state_dict
+
+if TYPE_CHECKING:
+    from jax_dcn.mmcv import nn as nn
+else:  # for which every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name == "nn":  # which needs Flax
+            return importlib.import_module("jax_dcn.mmcv.nn")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

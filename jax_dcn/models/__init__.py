@@ -10,7 +10,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("jax_dcn.models needs Flax: pip install jax_dcn[flax]") from error
 
-from jax_dcn.models.common import BatchNorm, FrozenParam
+from jax_dcn.mmcv.nn import BatchNorm2d as BatchNorm
+from jax_dcn.mmcv.nn import FrozenParam
 from jax_dcn.models.fpn import FPN
 from jax_dcn.models.resnet import ResNet, ResNeXt
 

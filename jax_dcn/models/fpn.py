@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jax_dcn._checks import check_data_format
-from jax_dcn.models.common import ConvModule, resize_nearest
+from jax_dcn.mmcv.nn import ConvModule, interpolate
 
 
 class FPN(nnx.Module):
@@ -72,15 +73,17 @@ class FPN(nnx.Module):
         self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
         self.relu_before_extra_convs = relu_before_extra_convs
 
-        options = dict(bias=True, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(act_cfg=None, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         options["kernel_init"] = nnx.initializers.xavier_uniform()
         self.lateral_convs = nnx.List(
             ConvModule(in_channels[level], out_channels, 1, **options) for level in range(start_level, end + 1)
         )
-        self.fpn_convs = nnx.List(ConvModule(out_channels, out_channels, 3, **options) for _ in range(levels))
+        self.fpn_convs = nnx.List(
+            ConvModule(out_channels, out_channels, 3, padding=1, **options) for _ in range(levels)
+        )
         for extra in range(num_outs - levels if self.add_extra_convs else 0):
             channels = in_channels[end] if extra == 0 and self.add_extra_convs == "on_input" else out_channels
-            self.fpn_convs.append(ConvModule(channels, out_channels, 3, 2, **options))
+            self.fpn_convs.append(ConvModule(channels, out_channels, 3, 2, 1, **options))
 
     def __call__(self, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Computes the pyramid.
@@ -101,7 +104,7 @@ class FPN(nnx.Module):
         inputs = [jnp.moveaxis(x, axis, 3) for x in inputs[self.start_level : self.end_level + 1]]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
-            laterals[level - 1] += resize_nearest(laterals[level], laterals[level - 1].shape[1:3])
+            laterals[level - 1] += interpolate(laterals[level], laterals[level - 1].shape[1:3])
         outs = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
         x = {"on_input": inputs[-1], "on_lateral": laterals[-1]}.get(str(self.add_extra_convs), outs[-1])
         for level in range(len(laterals), self.num_outs):

@@ -12,11 +12,31 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jax_dcn._checks import check_data_format, to_count, to_integer
-from jax_dcn.models.common import BatchNorm, conv, freeze, freeze_parameters, max_pool, trains_norms
+from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, Sequential, max_pool2d
+from jax_dcn.mmcv.nn.parameters import freeze_parameters, kaiming_init
+from jax_dcn.models.common import freeze, trains_norms
 from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _DCN = {"DCN": DeformConv2dPack, "DCNv2": ModulatedDeformConv2dPack}
+
+
+def _conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    **options: Any,
+) -> Conv2d:
+    """Padded to keep the size, without a bias."""
+    return Conv2d(
+        *(in_channels, out_channels, kernel_size, stride, dilation * (kernel_size // 2), dilation, groups),
+        bias=False,
+        kernel_init=kaiming_init(),
+        **options,
+    )
 
 
 class Bottleneck(nnx.Module):
@@ -43,10 +63,10 @@ class Bottleneck(nnx.Module):
         stride1, stride2 = (1, stride) if style == "pytorch" else (stride, 1)
         out_channels = planes * self.expansion
         norm = dict(norm_eval=norm_eval, rngs=rngs, **dtypes)
-        self.conv1 = conv(in_channels, width, 1, stride1, rngs=rngs, **dtypes)
-        self.bn1 = BatchNorm(width, **norm)
+        self.conv1 = _conv(in_channels, width, 1, stride1, rngs=rngs, **dtypes)
+        self.bn1 = BatchNorm2d(width, **norm)
         if dcn is None:
-            self.conv2 = conv(width, width, 3, stride2, dilation, groups, rngs=rngs, **dtypes)
+            self.conv2 = _conv(width, width, 3, stride2, dilation, groups, rngs=rngs, **dtypes)
         else:
             self.conv2 = _DCN[dcn["type"]](
                 *(width, width, 3, stride2, dilation, dilation, groups, dcn["deform_groups"]),
@@ -55,22 +75,20 @@ class Bottleneck(nnx.Module):
                 rngs=rngs,
                 **dtypes,
             )
-        self.bn2 = BatchNorm(width, **norm)
-        self.conv3 = conv(width, out_channels, 1, rngs=rngs, **dtypes)
+        self.bn2 = BatchNorm2d(width, **norm)
+        self.conv3 = _conv(width, out_channels, 1, rngs=rngs, **dtypes)
         last_scale = nnx.initializers.zeros if zero_init_residual else nnx.initializers.ones
-        self.bn3 = BatchNorm(out_channels, scale_init=last_scale, **norm)
-        self.downsample: nnx.List = nnx.List([])
+        self.bn3 = BatchNorm2d(out_channels, scale_init=last_scale, **norm)
+        self.downsample = Sequential()
         if stride != 1 or in_channels != out_channels:
-            shortcut = conv(in_channels, out_channels, 1, stride, rngs=rngs, **dtypes)
-            self.downsample.extend([shortcut, BatchNorm(out_channels, **norm)])
+            shortcut = _conv(in_channels, out_channels, 1, stride, rngs=rngs, **dtypes)
+            self.downsample = Sequential(shortcut, BatchNorm2d(out_channels, **norm))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (N, H, W, in_channels) -> (N, H/stride, W/stride, 4*planes)
         y = nnx.relu(self.bn1(self.conv1(x)))
         y = nnx.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        for layer in self.downsample:
-            x = layer(x)
-        return nnx.relu(y + x)
+        return nnx.relu(y + self.downsample(x))
 
 
 class ResNet(nnx.Module):
@@ -165,8 +183,8 @@ class ResNet(nnx.Module):
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
 
         channels = base_channels if stem_channels is None else stem_channels
-        self.conv1 = conv(in_channels, channels, 7, 2, rngs=rngs, **dtypes)
-        self.bn1 = BatchNorm(channels, norm_eval=norm_eval, rngs=rngs, **dtypes)
+        self.conv1 = _conv(in_channels, channels, 7, 2, rngs=rngs, **dtypes)
+        self.bn1 = BatchNorm2d(channels, norm_eval=norm_eval, rngs=rngs, **dtypes)
         plain_blocks = int(fallback and self._falls_back)  # deformable blocks that are left plain
         for stage in range(num_stages):
             planes = base_channels * 2**stage
@@ -201,7 +219,7 @@ class ResNet(nnx.Module):
             freeze(self._stage(stage))
         if not norms_trained:
             for _, node in nnx.iter_graph(self):
-                if isinstance(node, BatchNorm):
+                if isinstance(node, BatchNorm2d):
                     freeze_parameters(node)
 
     def _stage(self, stage: int) -> nnx.List:
@@ -226,7 +244,7 @@ class ResNet(nnx.Module):
                 f"{name}: x has shape {x.shape}, expected {self.data_format} with {self.in_channels} channels"
             )
         x = nnx.relu(self.bn1(self.conv1(jnp.moveaxis(x, axis, 3))))
-        x = max_pool(x)
+        x = max_pool2d(x, 3, 2, 1)
         maps = []
         for stage in range(max(self.out_indices) + 1):
             for block in self._stage(stage):

@@ -1,0 +1,238 @@
+"""mmcv's ConvModule, and what its config dicts mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_dcn._checks import PaddingLike, check_bool, check_data_format
+from jax_dcn._layers.arguments import MmcvArguments
+from jax_dcn.mmcv.nn.linear import Conv2d, ConvTranspose2d
+from jax_dcn.mmcv.nn.normalization import BatchNorm2d, GroupNorm
+from jax_dcn.mmcv.nn.parameters import freeze_parameters, kaiming_init
+from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
+
+Config = Mapping[str, Any]
+
+_RELU: Config = {"type": "ReLU"}
+
+_CONVS = {
+    "Conv2d": Conv2d,
+    "Conv": Conv2d,
+    "deconv": ConvTranspose2d,
+    "DCN": DeformConv2dPack,
+    "DCNv2": ModulatedDeformConv2dPack,
+}
+
+_NORMS = {"BN": BatchNorm2d, "BN2d": BatchNorm2d, "SyncBN": BatchNorm2d, "GN": GroupNorm}
+
+
+def _hsigmoid(x: jax.Array, *, bias: float, divisor: float, min_value: float, max_value: float) -> jax.Array:
+    return jnp.clip((x + bias) / divisor, min_value, max_value)
+
+
+# By mmcv's names: the function, and its arguments with torch's and mmcv's defaults.
+_ACTIVATIONS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
+    "ReLU": (jax.nn.relu, {}),
+    "LeakyReLU": (jax.nn.leaky_relu, {"negative_slope": 0.01}),
+    "ReLU6": (jax.nn.relu6, {}),
+    "ELU": (jax.nn.elu, {"alpha": 1.0}),
+    "Sigmoid": (jax.nn.sigmoid, {}),
+    "Tanh": (jnp.tanh, {}),
+    "GELU": (functools.partial(jax.nn.gelu, approximate=False), {}),
+    "SiLU": (jax.nn.silu, {}),
+    "Swish": (jax.nn.silu, {}),
+    "Mish": (jax.nn.mish, {}),
+    "HSigmoid": (_hsigmoid, {"bias": 3.0, "divisor": 6.0, "min_value": 0.0, "max_value": 1.0}),
+    "HSwish": (jax.nn.hard_swish, {}),
+}
+
+
+def build_conv_layer(cfg: Config | None, *arguments: Any, **options: Any) -> nnx.Module:
+    """mmcv's build_conv_layer.
+
+    Args:
+      cfg: None for `Conv2d`, or dict(type=...): "Conv2d" or "Conv", "deconv", "DCN", "DCNv2". Its other entries are
+        arguments of the layer, such as deform_groups.
+      *arguments, **options: those of the layer: in_channels, out_channels and so on, data_format and rngs.
+
+    Raises:
+      ValueError: another type.
+    """
+    cls, more = _of_type("conv_cfg", _CONVS, cfg or {"type": "Conv2d"})
+    if cls in (DeformConv2dPack, ModulatedDeformConv2dPack):
+        options = {"data_format": "NHWC", **options}
+    return cls(*arguments, **options, **more)
+
+
+def build_norm_layer(cfg: Config, num_features: int, **options: Any) -> tuple[str, nnx.Module]:
+    """mmcv's build_norm_layer.
+
+    Args:
+      cfg: dict(type=...): "BN", "BN2d" or "SyncBN", or "GN" with num_groups. Further entries are eps, momentum, affine
+        and requires_grad, which if False makes `FrozenParam`s of scale and bias.
+      num_features: channels.
+      **options: those of the layer: data_format, dtype, param_dtype, rngs.
+
+    Returns:
+      mmcv's name for it, "bn" or "gn", and the layer.
+
+    Raises:
+      ValueError: another type, or "GN" without num_groups.
+    """
+    cls, more = _of_type(
+        "norm_cfg", {"BN": BatchNorm2d, "BN2d": BatchNorm2d, "SyncBN": BatchNorm2d, "GN": GroupNorm}, cfg
+    )
+    trains = more.pop("requires_grad", True)
+    if cls is GroupNorm:
+        if "num_groups" not in more:
+            raise ValueError(f"norm_cfg must have num_groups for GN, got {dict(cfg)}")
+        more["num_channels"] = num_features
+    else:
+        more["num_features"] = num_features
+    layer = cls(**more, **options)
+    if not trains:
+        freeze_parameters(layer)
+    return "gn" if cls is GroupNorm else "bn", layer
+
+
+def build_activation_layer(cfg: Config) -> Callable[[jax.Array], jax.Array]:
+    """mmcv's build_activation_layer: a function, the same one for equal dicts.
+
+    Args:
+      cfg: dict(type=...): "ReLU", "LeakyReLU" (negative_slope=0.01), "ReLU6", "ELU" (alpha=1.0), "Sigmoid", "Tanh",
+        "GELU" (by erf, as torch's), "SiLU" or "Swish", "Mish", "HSigmoid" (bias=3.0, divisor=6.0, min_value=0.0,
+        max_value=1.0) or "HSwish". `inplace` is accepted, without effect.
+
+    Raises:
+      ValueError: another type, or another entry.
+    """
+    (function, defaults), more = _of_type("act_cfg", _ACTIVATIONS, cfg)
+    more.pop("inplace", None)
+    if unknown := set(more) - set(defaults):
+        raise ValueError(
+            f"act_cfg has unknown entries {sorted(unknown)} for {cfg['type']}, expected {sorted(defaults)}"
+        )
+    return _partial(function, tuple(sorted({**defaults, **more}.items())))
+
+
+@functools.cache
+def _partial(function: Callable[..., jax.Array], arguments: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
+    return functools.partial(function, **dict(arguments)) if arguments else function
+
+
+def _of_type(argument: str, known: Mapping[str, Any], cfg: Config) -> tuple[Any, dict[str, Any]]:
+    """What stands for a config's type, and its other entries."""
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f"{argument} must be a dict, got {cfg!r}")
+    if cfg.get("type") not in known:
+        raise ValueError(f"{argument}'s type must be one of {tuple(known)}, got {cfg.get('type')!r}")
+    return known[cfg["type"]], {name: value for name, value in cfg.items() if name != "type"}
+
+
+class ConvModule(MmcvArguments, nnx.Module):
+    """mmcv's ConvModule: a convolution, a normalization and an activation, each of the last two if there is a dict.
+
+    The children are `conv`, and `bn` or `gn` after the normalization's type.
+
+    Args:
+      in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `Conv2d`.
+      bias: "auto" (default), which is True without a normalization, or a bool.
+      conv_cfg: None (default) for `Conv2d`, or a dict as in `build_conv_layer`.
+      norm_cfg: None (default), or a dict as in `build_norm_layer`.
+      act_cfg: dict(type="ReLU") by default, None, or a dict as in `build_activation_layer`.
+      inplace: accepted for mmcv's sake, without effect.
+      padding_mode: as in `Conv2d`, of which only it knows others than "zeros".
+      order: in which they come (default ("conv", "norm", "act")).
+      data_format: "NHWC" (default) or "NCHW".
+      dtype, param_dtype, rngs: as in `Conv2d`.
+      kernel_init: of the convolution (default mmcv's: normal, of variance 2 / fan_out, or DCNv2's own).
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, or that do not fit one another.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: PaddingLike = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool | str = "auto",
+        conv_cfg: Config | None = None,
+        norm_cfg: Config | None = None,
+        act_cfg: Config | None = _RELU,
+        inplace: bool = True,
+        *,
+        padding_mode: str = "zeros",
+        order: Sequence[str] = ("conv", "norm", "act"),
+        data_format: str = "NHWC",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        name = type(self).__name__
+        if sorted(order) != ["act", "conv", "norm"]:
+            raise ValueError(f"{name}: order must hold 'conv', 'norm' and 'act', got {tuple(order)}")
+        if bias == "auto":
+            bias = norm_cfg is None
+        check_bool(name, "bias", bias)
+        check_data_format(name, data_format)
+        self.order = tuple(order)
+        options = dict(data_format=data_format, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        conv_options: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias)
+        if padding_mode != "zeros":
+            conv_options["padding_mode"] = padding_mode
+        if kernel_init is None and (conv_cfg or {}).get("type") != "DCNv2":
+            slope = 0 if act_cfg is None or act_cfg.get("type") != "LeakyReLU" else act_cfg.get("negative_slope", 0.01)
+            kernel_init = kaiming_init(slope)
+        self.conv = build_conv_layer(
+            conv_cfg,
+            *(in_channels, out_channels, kernel_size),
+            kernel_init=kernel_init,
+            bias_init=nnx.initializers.zeros,
+            **conv_options,
+            **options,
+        )
+        self.norm_name = None
+        if norm_cfg is not None:
+            channels = out_channels if order.index("norm") > order.index("conv") else in_channels
+            self.norm_name, norm = build_norm_layer(norm_cfg, channels, **options)
+            setattr(self, self.norm_name, norm)
+        self.activate = None if act_cfg is None else build_activation_layer(act_cfg)
+
+    def __call__(self, x: jax.Array, activate: bool = True, norm: bool = True) -> jax.Array:
+        """Applies the layers in order, without the activation or the normalization if told so."""
+        for layer in self.order:
+            if layer == "conv":
+                x = self.conv(x)
+            elif layer == "norm" and norm and self.norm_name:
+                x = getattr(self, self.norm_name)(x)
+            elif layer == "act" and activate and self.activate is not None:
+                x = self.activate(x)
+        return x
+
+
+class Scale(nnx.Module):
+    """mmcv's Scale: a learnable factor, a number.
+
+    Args:
+      scale: its first value (default 1).
+      param_dtype: its dtype (default float32).
+    """
+
+    def __init__(self, scale: float = 1.0, *, param_dtype: Any = jnp.float32):
+        self.scale = nnx.Param(jnp.asarray(scale, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product, of x's dtype, as in torch."""
+        return x * self.scale[...].astype(x.dtype)

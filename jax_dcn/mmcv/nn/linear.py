@@ -1,0 +1,267 @@
+"""torch's convolutions and linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import PrecisionLike
+from jax import lax
+from jax.typing import DTypeLike
+
+from jax_dcn._checks import (
+    PaddingLike,
+    check_bool,
+    check_channels,
+    check_data_format,
+    sides_of,
+    to_count,
+    to_padding,
+    to_pair,
+)
+from jax_dcn._layers.arguments import MmcvArguments
+from jax_dcn.mmcv.nn.parameters import torchs_bias_init, torchs_kernel_init
+
+_PADDING_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # jax.numpy.pad's names
+
+
+def channels_last(function: Callable[[jax.Array], jax.Array], x: jax.Array, data_format: str) -> jax.Array:
+    """A function of images with the channels last, of images of either format."""
+    if data_format == "NHWC":
+        return function(x)
+    return jnp.moveaxis(function(jnp.moveaxis(x, -3, -1)), -1, -3)
+
+
+class Conv2d(MmcvArguments, nnx.Conv):
+    """torch's Conv2d, as `nnx.Conv`, of images (N, H, W, in_channels) or (H, W, in_channels).
+
+    Args:
+      in_channels, out_channels: channels of the input and of the output, multiples of groups.
+      kernel_size, stride (default 1), dilation (1): an int, which is for both axes, or a pair (height, width).
+      padding: an int (default 0), a pair, pairs ((top, bottom), (left, right)), or torch's "same" and "valid", of any
+        case. "same" takes no stride, as in torch: what XLA would make of it has torch's shape, but other numbers.
+      groups: default 1.
+      bias: whether there is one (default True).
+      padding_mode: "zeros" (default), "reflect", "replicate" or "circular".
+      data_format: "NHWC" (default), or "NCHW" for images (N, in_channels, H, W).
+      dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Conv`.
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, or that do not fit one another.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: PaddingLike = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        data_format: str = "NHWC",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        name = type(self).__name__
+        sizes = _check_sizes(name, in_channels, out_channels, kernel_size, stride, dilation, groups, bias, data_format)
+        pads = to_padding(name, padding)
+        if isinstance(pads, str) and pads != "VALID" and sizes["stride"] != (1, 1):
+            raise ValueError(
+                f"{name}: padding={padding!r} with stride {sizes['stride']} is not torch's: give the padding in pixels"
+            )
+        if padding_mode != "zeros" and (padding_mode not in _PADDING_MODES or isinstance(pads, str)):
+            raise ValueError(
+                f"{name}: padding_mode must be one of {('zeros', *_PADDING_MODES)}, the last three with a padding in "
+                f"pixels, got {padding_mode!r} with padding={padding!r}"
+            )
+        fan_in = math.prod(sizes["kernel_size"]) * in_channels // groups
+        super().__init__(
+            in_channels,
+            out_channels,
+            sizes["kernel_size"],
+            strides=sizes["stride"],
+            padding=pads if padding_mode == "zeros" else 0,
+            kernel_dilation=sizes["dilation"],
+            feature_group_count=groups,
+            use_bias=bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init or torchs_kernel_init,
+            bias_init=bias_init or torchs_bias_init(fan_in),
+            rngs=rngs,
+        )
+        self.data_format, self.padding_mode = data_format, padding_mode
+        self.sides = () if isinstance(pads, str) else tuple(map(sides_of, pads))
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
+        """Applies the layer to images, of any number of batch axes."""
+        check_channels(type(self).__name__, x.shape, self.in_features, self.data_format)
+        return channels_last(self._convolve, x, self.data_format)
+
+    def _convolve(self, x: jax.Array) -> jax.Array:
+        if self.padding_mode != "zeros":
+            widths = ((0, 0),) * (x.ndim - 3) + self.sides + ((0, 0),)
+            x = jnp.pad(x, widths, mode=_PADDING_MODES[self.padding_mode])
+        return super().__call__(x)
+
+
+class ConvTranspose2d(MmcvArguments, nnx.Module):
+    """torch's ConvTranspose2d, of images (N, H, W, in_channels) or (H, W, in_channels).
+
+    The output is (H - 1)*stride - 2*padding + dilation*(kernel_size - 1) + output_padding + 1 high. The parameter
+    `kernel` is (kh, kw, out_channels/groups, in_channels), as torch's weight: `nnx.ConvTranspose` computes the same
+    with transpose_kernel=True and the padding dilation*(kernel_size - 1) - padding, but knows no groups.
+
+    Args:
+      in_channels, out_channels: channels of the input and of the output, multiples of groups.
+      kernel_size, stride (default 1), dilation (1): an int, which is for both axes, or a pair (height, width).
+      padding: an int (default 0) or a pair (height, width): what the convolution that it transposes would have.
+      output_padding: an int (default 0) or a pair, less than stride or dilation: rows and columns more at the end.
+      groups: default 1.
+      bias: whether there is one (default True).
+      data_format: "NHWC" (default), or "NCHW" for images (N, in_channels, H, W).
+      dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Conv`.
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, or that do not fit one another.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        *,
+        data_format: str = "NHWC",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        name = type(self).__name__
+        sizes = _check_sizes(name, in_channels, out_channels, kernel_size, stride, dilation, groups, bias, data_format)
+        pads, more = (
+            to_pair(name, argument, value, 0)
+            for argument, value in (("padding", padding), ("output_padding", output_padding))
+        )
+        self.kernel_size, self.stride, self.dilation = sizes["kernel_size"], sizes["stride"], sizes["dilation"]
+        if any(m >= max(s, d) for m, s, d in zip(more, self.stride, self.dilation, strict=True)):
+            raise ValueError(
+                f"{name}: output_padding ({more}) must be less than stride {self.stride} or dilation {self.dilation}"
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.padding, self.output_padding, self.data_format = pads, more, data_format
+        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
+        shape = (*self.kernel_size, out_channels // groups, in_channels)
+        bias_init = bias_init or torchs_bias_init(math.prod(shape[:3]))
+        self.kernel = nnx.Param((kernel_init or torchs_kernel_init)(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_channels,), param_dtype)) if bias else nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to images, of any number of batch axes."""
+        check_channels(type(self).__name__, x.shape, self.in_channels, self.data_format)
+        return channels_last(self._convolve, x, self.data_format)
+
+    def _convolve(self, x: jax.Array) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        # Of every group, (kh, kw, C_out, C_in) -> the convolution's (kh, kw, C_in, C_out), and back to front.
+        grouped = kernel.reshape(*kernel.shape[:3], self.groups, -1)[::-1, ::-1]
+        kernel = grouped.transpose(0, 1, 4, 3, 2).reshape(*self.kernel_size, -1, self.out_channels)
+        padding = [
+            (d * (k - 1) - p, d * (k - 1) - p + more)
+            for k, d, p, more in zip(self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True)
+        ]
+        y = lax.conv_general_dilated(
+            x.reshape(-1, *x.shape[-3:]),
+            kernel,
+            (1, 1),
+            padding,
+            lhs_dilation=self.stride,
+            rhs_dilation=self.dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+            precision=self.precision,
+        )
+        y = y.reshape(*x.shape[:-3], *y.shape[1:])
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Linear(nnx.Linear):
+    """torch's Linear, as `nnx.Linear`, of the last axis.
+
+    Args:
+      in_features, out_features: sizes of the last axis of the input and of the output.
+      bias: whether there is one (default True).
+      dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        name = type(self).__name__
+        check_bool(name, "bias", bias)
+        super().__init__(
+            to_count(name, "in_features", in_features),
+            to_count(name, "out_features", out_features),
+            use_bias=bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init or torchs_kernel_init,
+            bias_init=bias_init or torchs_bias_init(in_features),
+            rngs=rngs,
+        )
+
+
+def _check_sizes(
+    name: str,
+    in_channels: Any,
+    out_channels: Any,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    groups: Any,
+    bias: Any,
+    data_format: Any,
+) -> dict[str, tuple[int, int]]:
+    """Checks what the convolutions share. Returns pairs of those that may be an int."""
+    check_bool(name, "bias", bias)
+    check_data_format(name, data_format)
+    groups = to_count(name, "groups", groups)
+    for argument, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if to_count(name, argument, channels) % groups:
+            raise ValueError(f"{name}: {argument} ({channels}) must be a multiple of groups ({groups})")
+    sizes = dict(kernel_size=kernel_size, stride=stride, dilation=dilation)
+    return {argument: to_pair(name, argument, value, 1) for argument, value in sizes.items()}

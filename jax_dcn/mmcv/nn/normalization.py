@@ -1,0 +1,158 @@
+"""torch's normalizations.
+
+All take the variance around the mean, as torch does. Flax's default, the mean of squares less the square of the mean,
+keeps one digit where the mean is a thousand deviations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_dcn._checks import check_data_format, to_count
+from jax_dcn.mmcv.nn.linear import channels_last
+
+
+class BatchNorm2d(nnx.BatchNorm):
+    """torch's BatchNorm2d, as `nnx.BatchNorm` with torch's defaults, unbiased running variance and counter of batches.
+
+    The result has x's shape. Under `jit` the statistics are those of the whole batch on all devices, as SyncBN's are.
+
+    Args:
+      num_features: channels of x.
+      eps: added to the variance (default 1e-5).
+      momentum: the weight of a batch in the running statistics (default 0.1; Flax's momentum is that of the past).
+      affine: whether there are a scale and a bias (default True).
+      norm_eval: whether to use the running statistics, and leave them as they are, in training too (mmdet's).
+      data_format: "NHWC" (default) for a last axis of channels, or "NCHW" for the third from the end.
+      rngs, and options such as dtype, param_dtype and scale_init: as in `nnx.BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        norm_eval: bool = False,
+        data_format: str = "NHWC",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_data_format(type(self).__name__, data_format)
+        super().__init__(
+            num_features,
+            momentum=1 - momentum,
+            epsilon=eps,
+            use_bias=affine,
+            use_scale=affine,
+            use_fast_variance=False,
+            rngs=rngs,
+            **options,
+        )
+        self.norm_eval, self.data_format = norm_eval, data_format
+        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
+        """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
+        return channels_last(self._normalize, x, self.data_format)
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        if self.norm_eval or self.use_running_average:
+            return super().__call__(x, use_running_average=True)
+        before = self.momentum * self.var[...]
+        y = super().__call__(x, use_running_average=False)
+        count = x.size // x.shape[-1]
+        self.var[...] = before + (self.var[...] - before) * (count / max(count - 1, 1))
+        self.num_batches_tracked[...] += 1
+        return y
+
+
+class GroupNorm(nnx.GroupNorm):
+    """torch's GroupNorm, as `nnx.GroupNorm` with torch's order of the arguments and its epsilon.
+
+    x has its images on the first axis, and any axes between these and the channels.
+
+    Args:
+      num_groups: groups of channels with statistics of their own.
+      num_channels: channels of x, a multiple of num_groups.
+      eps: added to the variance (default 1e-5; Flax's 1e-6).
+      affine: whether there are a scale and a bias (default True).
+      data_format: "NHWC" (default) for a last axis of channels, or "NCHW" for the third from the end.
+      rngs, and options such as dtype and param_dtype: as in `nnx.GroupNorm`.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        data_format: str = "NHWC",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        name = type(self).__name__
+        check_data_format(name, data_format)
+        if to_count(name, "num_channels", num_channels) % to_count(name, "num_groups", num_groups):
+            raise ValueError(f"{name}: num_channels ({num_channels}) must be a multiple of num_groups ({num_groups})")
+        super().__init__(
+            num_channels,
+            num_groups,
+            epsilon=eps,
+            use_bias=affine,
+            use_scale=affine,
+            use_fast_variance=False,
+            rngs=rngs,
+            **options,
+        )
+        self.data_format = data_format
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
+        """Normalises x."""
+        return channels_last(super().__call__, x, self.data_format)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """torch's LayerNorm over the last axis, as `nnx.LayerNorm` with torch's epsilon.
+
+    Args:
+      normalized_shape: the size of the last axis, an int or a sequence of one. (torch takes several axes.)
+      eps: added to the variance (default 1e-5; Flax's 1e-6).
+      elementwise_affine: whether there are a scale and a bias (default True).
+      bias: whether there is a bias beside the scale (default True).
+      rngs, and options such as dtype and param_dtype: as in `nnx.LayerNorm`.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...] | list[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        name = type(self).__name__
+        shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+        if len(shape) != 1:
+            raise ValueError(f"{name}: normalized_shape must have one axis, got {normalized_shape}")
+        super().__init__(
+            to_count(name, "normalized_shape", shape[0]),
+            epsilon=eps,
+            use_bias=elementwise_affine and bias,
+            use_scale=elementwise_affine,
+            use_fast_variance=False,
+            rngs=rngs,
+            **options,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
+        """Normalises x."""
+        return super().__call__(x)
