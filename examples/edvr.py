@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from jax_dcn import mmcv, plot
 from jax_dcn import nnx as dcn
+from jax_dcn.mmcv.nn import Conv2d, interpolate
 
 LEVELS = ("l3", "l2", "l1")  # from coarse to fine
 
@@ -45,8 +46,8 @@ class PCDAlignment(nnx.Module):
     """
 
     def __init__(self, num_feat: int = 64, deform_groups: int = 8, *, rngs: nnx.Rngs):
-        def conv(frames: int = 1) -> nnx.Conv:
-            return nnx.Conv(frames * num_feat, num_feat, (3, 3), padding=1, rngs=rngs)
+        def conv(frames: int = 1) -> Conv2d:
+            return Conv2d(frames * num_feat, num_feat, 3, padding=1, rngs=rngs)
 
         def pack() -> DCNv2Pack:
             return DCNv2Pack(num_feat, num_feat, 3, 1, 1, 1, 1, deform_groups, data_format="NHWC", rngs=rngs)
@@ -93,8 +94,7 @@ def concatenate(*arrays: jax.Array) -> jax.Array:
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """Twice the size. jax.image's bilinear rule is torch's with align_corners=False."""
-    return jax.image.resize(x, (x.shape[0], 2 * x.shape[1], 2 * x.shape[2], x.shape[3]), "bilinear")
+    return interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def shifted_noise(rng: np.random.Generator, channels: int, size: int = 32) -> tuple[list, list]:

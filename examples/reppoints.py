@@ -13,7 +13,6 @@ reppoints.png.
 from __future__ import annotations
 
 import argparse
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +20,11 @@ import numpy as np
 from flax import nnx
 
 from jax_dcn import mmcv, plot
+from jax_dcn.mmcv.nn import Conv2d, ConvModule, Sequential
 from jax_dcn.nnx import DeformConv2d
 
 # (dy, dx) of the taps of a 3x3 kernel: what the operator adds to an offset by itself.
 GRID = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], np.float32).reshape(-1)
-
-
-class ConvModule(nnx.Module):
-    """mmcv's: a convolution, GroupNorm and ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(in_channels, out_channels, (3, 3), padding=1, use_bias=False, rngs=rngs)
-        self.gn = nnx.GroupNorm(out_channels, num_groups, epsilon=1e-5, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.gn(self.conv(x)))
 
 
 class RepPointsHead(nnx.Module):
@@ -53,22 +42,26 @@ class RepPointsHead(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        def tower() -> nnx.List:
+        def tower() -> Sequential:
             channels = [in_channels] + [feat_channels] * stacked_convs
-            return nnx.List(
-                ConvModule(c_in, c_out, num_groups, rngs=rngs) for c_in, c_out in itertools.pairwise(channels)
+            norm_cfg = dict(type="GN", num_groups=num_groups)
+            return Sequential(
+                *(
+                    ConvModule(c_in, feat_channels, 3, padding=1, norm_cfg=norm_cfg, rngs=rngs)
+                    for c_in in channels[:stacked_convs]
+                )
             )
 
         def deformable() -> DeformConv2d:
             return DeformConv2d(feat_channels, point_feat_channels, 3, padding=1, data_format="NHWC", rngs=rngs)
 
-        def out(channels: int) -> nnx.Conv:
-            return nnx.Conv(point_feat_channels, channels, (1, 1), rngs=rngs)
+        def out(channels: int) -> Conv2d:
+            return Conv2d(point_feat_channels, channels, 1, rngs=rngs)
 
         self.gradient_mul = gradient_mul
         self.cls_convs, self.reg_convs = tower(), tower()
         self.reppoints_cls_conv, self.reppoints_cls_out = deformable(), out(num_classes)
-        self.reppoints_pts_init_conv = nnx.Conv(feat_channels, point_feat_channels, (3, 3), padding=1, rngs=rngs)
+        self.reppoints_pts_init_conv = Conv2d(feat_channels, point_feat_channels, 3, padding=1, rngs=rngs)
         self.reppoints_pts_init_out = out(18)
         self.reppoints_pts_refine_conv, self.reppoints_pts_refine_out = deformable(), out(18)
         self.moment_transfer = nnx.Param(jnp.zeros(2))
@@ -78,9 +71,7 @@ class RepPointsHead(nnx.Module):
 
         Points are (dy, dx) from the pixel, in pixels of the map.
         """
-        cls_feat = pts_feat = x
-        for cls_conv, reg_conv in zip(self.cls_convs, self.reg_convs, strict=True):
-            cls_feat, pts_feat = cls_conv(cls_feat), reg_conv(pts_feat)
+        cls_feat, pts_feat = self.cls_convs(x), self.reg_convs(x)
         points = self.reppoints_pts_init_out(nnx.relu(self.reppoints_pts_init_conv(pts_feat)))
         # The convolutions below teach the points little, their own loss teaches them the rest.
         fixed = jax.lax.stop_gradient(points)

@@ -15,6 +15,7 @@ from support.models_golden import GoldenModel
 from jax_dcn import mmcv
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+DATA = Path(__file__).parent / "data"
 
 
 def example(name):
@@ -44,7 +45,10 @@ def assert_close(actual, expected):
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("name", ["edvr", "reppoints"])
+PORTS = ["dyhead", "edvr", "reppoints", "saconv"]
+
+
+@pytest.mark.parametrize("name", PORTS)
 def test_an_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 150
 
@@ -60,6 +64,50 @@ def test_reppoints():
     head, inputs = load(golden, example("reppoints").RepPointsHead)
     for actual, expected in zip(head(*inputs), golden.outputs, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("dyhead", lambda module: module.DyHead(24, 32, 2, rngs=nnx.Rngs(0))),
+        ("saconv", lambda module: module.SAConv2d(24, 32, rngs=nnx.Rngs(0))),
+    ],
+)
+def test_mmdets_own_numbers(name, build):
+    """mmdet 3.3.0's and mmcv 2.2.0's, with the gradient of every parameter and input."""
+    with np.load(DATA / f"{name}.npz") as arrays:
+        arrays = dict(arrays)
+
+    def under(prefix):
+        return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+    model = mmcv.load_into(build(example(name)), under("state:"))
+    inputs, cotangents = ([jnp.asarray(to_nhwc(a)) for a in under(prefix).values()] for prefix in ("in", "ct"))
+
+    @nnx.jit
+    def run(model, inputs):
+        def loss(model, inputs):
+            outs = model(inputs) if name == "dyhead" else (model(*inputs),)
+            return sum((out * ct).sum() for out, ct in zip(outs, cotangents, strict=True)), outs
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(model, inputs)
+
+    (grads, grads_of_inputs), outs = run(model, inputs)
+    for actual, expected in zip(outs, under("out").values(), strict=True):
+        assert_close(actual, expected)
+    expected = under("grad:")
+    for index, actual in enumerate(grads_of_inputs):
+        assert_close(actual, expected.pop(f"in{index}"))
+    actual = mmcv.to_state_dict(grads, like=model)
+    assert set(actual) == set(expected)
+    for key, grad in expected.items():
+        np.testing.assert_allclose(actual[key], grad, rtol=0, atol=1e-5 * np.abs(grad).max(), err_msg=key)
+
+
+def test_saconvs_names_are_mmcvs():
+    with np.load(DATA / "saconv.npz") as arrays:
+        names = {key.removeprefix("state:") for key in arrays if key.startswith("state:")}
+    assert set(mmcv.to_state_dict(example("saconv").SAConv2d(4, 4, rngs=nnx.Rngs(0)))) == names
 
 
 def test_boxes_of_points():
@@ -86,7 +134,7 @@ def test_reppoints_gradient_of_points():
     np.testing.assert_allclose(gradient(0.1), gradient(1.0) / 10, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["edvr", "reppoints"])
+@pytest.mark.parametrize("name", PORTS)
 def test_an_example_runs(name, tmp_path, capsys):
     arguments = ["--output", str(tmp_path / "picture.png")] + ["--steps", "2"] * (name == "edvr")
     with jax.numpy_rank_promotion("allow"):

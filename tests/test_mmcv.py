@@ -429,7 +429,143 @@ def test_dtype_of_the_module():
     np.testing.assert_array_equal(layer.kernel[0, 0], pack()["weight"][:, :, 0, 0].T.astype(jnp.bfloat16))
 
 
+# --- states ---
+
+
+class Ported(nnx.Module):
+    """What a state's names leave open: a Sequential, a layer in two places, a norm and a parameter called scale."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.convs = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.relu, nnx.BatchNorm(4, rngs=rngs))
+        self.first = self.convs.layers[0]
+        self.scale = nnx.Param(jnp.ones(4))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.convs(x) * self.scale[...].reshape(1, 1, 1, 4)
+
+
+NAMES = {"scale": np.ones(4)}  # which torch calls so too
+
+
+def test_gradients_have_the_modules_names():
+    module = Ported()
+    grads = nnx.grad(lambda module: module(jnp.ones((1, 5, 5, 3), jnp.float32)).sum())(module)
+    actual = mmcv.to_state_dict(grads, "head", names=NAMES, like=module)
+    params = mmcv.to_state_dict(module, "head", names=NAMES)
+    assert {key: array.shape for key, array in actual.items()} == {
+        key: array.shape for key, array in params.items() if "running" not in key
+    }
+    kernel = grads["convs"]["layers"][0]["kernel"][...]
+    np.testing.assert_array_equal(actual["head.convs.0.weight"], kernel.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(actual["head.first.weight"], actual["head.convs.0.weight"])
+
+
+def test_a_whole_state():
+    module = Ported()
+    for state in (nnx.state(module), nnx.to_pure_dict(nnx.state(module))):
+        assert_same_arrays(mmcv.to_state_dict(state, names=NAMES, like=module), mmcv.to_state_dict(module, names=NAMES))
+
+
+def test_a_state_alone_is_refused():
+    module = Ported()
+    with pytest.raises(TypeError, match=r"an nnx\.State does not say what its names mean: pass like=module"):
+        mmcv.to_state_dict(nnx.state(module))
+    with pytest.raises(TypeError, match=r"module must be the module itself, got its nnx\.State"):
+        mmcv.load_into(nnx.state(module), {})
+    with pytest.raises(TypeError, match=r"like must be an nnx module, got State"):
+        mmcv.to_state_dict(nnx.state(module), like=nnx.state(module))
+
+
+def test_the_state_of_another_module():
+    module = Ported()
+    with pytest.raises(ValueError, match=r"^the state has first\.gamma, which Ported has not$"):
+        mmcv.to_state_dict({"first": {"gamma": np.ones(1)}}, like=module)
+    with pytest.raises(ValueError, match=r"^the state's scale has shape \(3,\), expected \(4,\)$"):
+        mmcv.to_state_dict({"scale": np.ones(3)}, like=module)
+
+
+# --- whole detectors ---
+
+
+def detector():
+    """Its checkpoint, and a backbone and a neck to be filled."""
+    backbone, neck = layer(), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    old = {key.replace("conv_offset", "conv_offset_mask"): array for key, array in pack("backbone.").items()}
+    norm = {f"neck.{name}": np.abs(normal(3)) for name in ("weight", "bias", "running_mean", "running_var")}
+    head = {"bbox_head.cls.weight": normal(3, 3, 1, 1), "bbox_head.cls.bias": normal(3)}
+    arrays = old | norm | {"neck.num_batches_tracked": np.array(7)} | head
+    return {"state_dict": arrays, "meta": {}}, backbone, neck
+
+
+@pytest.mark.parametrize("dot", ["", "."])
+def test_parts(dot):
+    checkpoint, backbone, neck = detector()
+    left = mmcv.load_parts({f"backbone{dot}": backbone, f"neck{dot}": neck}, checkpoint)
+    assert left == ["bbox_head.cls.weight", "bbox_head.cls.bias"]
+    assert_same_arrays(mmcv.to_state_dict(backbone), pack())
+    np.testing.assert_array_equal(neck.var[...], checkpoint["state_dict"]["neck.running_var"])
+
+
+def test_parts_of_data_parallel():
+    checkpoint, backbone, neck = detector()
+    arrays = {f"module.{key}": array for key, array in checkpoint["state_dict"].items()}
+    assert len(mmcv.load_parts({"backbone": backbone, "neck": neck}, arrays)) == 2
+    assert_same_arrays(mmcv.to_state_dict(backbone), pack())
+
+
+def test_parts_are_filled_all_or_none(caplog):
+    checkpoint, backbone, neck = detector()
+    arrays = checkpoint["state_dict"]
+    del arrays["neck.bias"]
+    arrays["backbone.fc.weight"] = normal(2)
+    parts = {"backbone": backbone, "neck": neck}
+    before = mmcv.to_state_dict(backbone)
+    with pytest.raises(mmcv.StateDictError) as caught:
+        mmcv.load_parts(parts, checkpoint)
+    assert (caught.value.missing, caught.value.unexpected) == (("neck.bias",), ("backbone.fc.weight",))
+    assert_same_arrays(mmcv.to_state_dict(backbone), before)
+    left = mmcv.load_parts(parts, checkpoint, strict=False)
+    assert left == ["bbox_head.cls.weight", "bbox_head.cls.bias", "backbone.fc.weight"]
+    assert_same_arrays(mmcv.to_state_dict(backbone), pack())
+    assert messages(caplog)[-2:] == [
+        "1 arrays keep their values: neck.bias",
+        "1 arrays are skipped: backbone.fc.weight",
+    ]
+
+
+def test_a_part_that_is_no_module():
+    with pytest.raises(TypeError, match=r"load_parts: 'neck\.' must be an nnx module, got Dense"):
+        mmcv.load_parts({"neck": linen.Dense(3)}, {})
+
+
 # --- errors ---
+
+
+class Unseen(nnx.Module):
+    """What a port may get wrong: a buffer that is no variable, a weight in Flax's layout, a kernel in torch's."""
+
+    def __init__(self):
+        self.weight_gamma = jnp.ones((6, 1, 1, 1))
+        self.weight_diff = nnx.Param(jnp.zeros((3, 2, 4, 6)))
+        self.kernel = nnx.Param(jnp.zeros((6, 4, 3, 2)))
+
+
+def test_what_a_port_may_get_wrong():
+    arrays = {"weight_gamma": normal(6, 1, 1, 1), "weight_diff": normal(6, 4, 3, 2), "weight": normal(6, 4, 3, 2)}
+    with pytest.raises(mmcv.StateDictError) as caught:
+        mmcv.load_into(Unseen(), arrays)
+    assert str(caught.value).splitlines() == [
+        "the state dict does not fit the module",
+        "unexpected (1):",
+        "  weight_gamma: the module's array of this name is no nnx.Variable, and only those are seen",
+        "wrong shape (2):",
+        "  weight (6, 4, 3, 2), expected (2, 3, 6, 4): the module has it in torch's layout, but what is called kernel "
+        "is transposed",
+        "  weight_diff (6, 4, 3, 2), expected (3, 2, 4, 6): the module has it in the layout of a Flax kernel, but only "
+        "what is called kernel is transposed",
+    ]
 
 
 def layer():

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from jax_dcn.mmcv.checkpoint import StateDict as StateDict
 from jax_dcn.mmcv.checkpoint import load_checkpoint as load_checkpoint
 from jax_dcn.mmcv.checkpoint import save_checkpoint as save_checkpoint
+from jax_dcn.mmcv.comparison import Comparison as Comparison
+from jax_dcn.mmcv.comparison import compare as compare
 from jax_dcn.mmcv.convert import StateDictError as StateDictError
 from jax_dcn.mmcv.convert import convert_state_dict as convert_state_dict
 from jax_dcn.mmcv.convert import load_into as load_into
+from jax_dcn.mmcv.convert import load_parts as load_parts
 from jax_dcn.mmcv.convert import to_state_dict as to_state_dict
 
 if TYPE_CHECKING:

@@ -93,7 +93,7 @@ def read_checkpoint(
         arrays = {}
         for key, value in entries.items():
             if key.startswith(starts):
-                arrays[key] = _to_numpy(key, value() if callable(value) else value)
+                arrays[key] = to_numpy(key, value() if callable(value) else value)
                 if progress:
                     progress(arrays[key].nbytes)
     if isinstance(source, StateDict):
@@ -126,7 +126,7 @@ def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> N
       ValueError: another suffix.
     """
     path = Path(path)
-    arrays = {key: _to_numpy(key, value) for key, value in state_dict.items()}
+    arrays = {key: to_numpy(key, value) for key, value in state_dict.items()}
     if path.suffix == ".safetensors":
         _import("safetensors", path).numpy.save_file(arrays, path)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -261,7 +261,8 @@ def _cause(error: Exception) -> str:
     return type(error).__name__
 
 
-def _to_numpy(key: str, value: Any) -> np.ndarray:
+def to_numpy(key: str, value: Any) -> np.ndarray:
+    """A copy of an array of numpy, JAX or torch. Errors name it by its key."""
     if isinstance(value, _NumpyArray) and value.array is not None:
         value = value.array
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint, read_checkpoint
-from jax_dcn.mmcv.tree import entries_of, is_a, joined_name, named, replaced, to_flax, to_torch, torch_shape
+from jax_dcn.mmcv.tree import (
+    Entry,
+    entries_of,
+    entries_of_state,
+    is_a,
+    joined_name,
+    named,
+    plain_arrays,
+    replaced,
+    to_flax,
+    to_torch,
+    torch_shape,
+)
 
 _LOG = logging.getLogger("jax_dcn.mmcv")
 
@@ -30,6 +44,7 @@ class StateDictError(ValueError):
       missing: names that the module has and the state dict has not.
       unexpected: names that the state dict has and the module has not.
       misshaped: from names to the shape in the state dict and the shape expected.
+      hints: from names to what may be the cause.
     """
 
     def __init__(
@@ -37,10 +52,16 @@ class StateDictError(ValueError):
         missing: Sequence[str],
         unexpected: Sequence[str],
         misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        hints: Mapping[str, str] | None = None,
     ):
         self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), dict(misshaped)
-        shapes = [f"{key} {actual}, expected {expected}" for key, (actual, expected) in self.misshaped.items()]
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        self.hints = dict(hints or {})
+
+        def hinted(key: str, text: str = "") -> str:
+            return f"{key}{text}: {self.hints[key]}" if key in self.hints else f"{key}{text}"
+
+        shapes = [hinted(key, f" {actual}, expected {expected}") for key, (actual, expected) in self.misshaped.items()]
+        kinds = {"missing": self.missing, "unexpected": [*map(hinted, self.unexpected)], "wrong shape": shapes}
         lines = ["the state dict does not fit the module"]
         for kind, names in kinds.items():
             if names:
@@ -86,15 +107,20 @@ def convert_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[
     return tree
 
 
-def to_state_dict(source: Any, prefix: str = "", *, names: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+def to_state_dict(
+    source: Any, prefix: str = "", *, names: Mapping[str, Any] | None = None, like: Any = None
+) -> dict[str, np.ndarray]:
     """The way back: a state dict that mmcv loads, once `save_checkpoint` has written it as a `.pth`.
 
     Args:
-      source: an nnx module, linen variables, or nested dicts as from `convert_state_dict`.
+      source: an nnx module, linen variables, or nested dicts as from `convert_state_dict`; or with `like`, an
+        `nnx.State` or its nested dicts: gradients, an optimizer's moments, or some of a module's variables.
       prefix: put before every name, such as "backbone.". The last dot may be left out.
       names: a state dict with the names wanted, such as the one loaded, where they do not follow from Flax's. linen
         calls the first of a list `blocks` `blocks_0`; among `names`, that stands for `blocks.0`. And a parameter may be
         called `scale`, `kernel` or `mean` in torch too, with its layout as it is.
+      like: the nnx module whose state the source is. Its classes decide about names and layouts, which a state does not
+        know.
 
     Returns:
       Arrays in PyTorch's layouts by mmcv's names. Flax's own BatchNorm has no `num_batches_tracked`, which mmcv does
@@ -102,16 +128,21 @@ def to_state_dict(source: Any, prefix: str = "", *, names: Mapping[str, Any] | N
       all of its names, as in torch.
 
     Raises:
-      TypeError: another source, or an abstract one.
-      ValueError: two parameters that would have one name.
+      TypeError: another source, a state without `like`, or an abstract one.
+      ValueError: two parameters that would have one name, or a state that is not one of `like`.
     """
     if not isinstance(source, Mapping) and not is_a("nnx", "Module", source):
         raise TypeError(
             f"to_state_dict: source must be an nnx module, linen variables or nested dicts, got {type(source).__name__}"
         )
+    if like is None and is_a("nnx", "State", source):
+        raise TypeError("to_state_dict: an nnx.State does not say what its names mean: pass like=module")
+    if like is not None and not is_a("nnx", "Module", like):
+        raise TypeError(f"to_state_dict: like must be an nnx module, got {type(like).__name__}")
     prefix = prefix and prefix.removesuffix(".") + "."
+    entries = entries_of(source) if like is None else entries_of_state(source, like)
     state_dict = {}
-    for entry in named(entries_of(source), names or (), joined=isinstance(source, Mapping)):
+    for entry in named(entries, names or (), joined=like is None and isinstance(source, Mapping)):
         if isinstance(entry.array, jax.ShapeDtypeStruct):
             raise TypeError(f"to_state_dict: source must not be abstract, got only the shape of {entry.key}")
         array = to_torch(entry.leaf, np.asarray(entry.array))
@@ -150,13 +181,16 @@ def load_into(
       The nnx module itself, or linen variables.
 
     Raises:
-      StateDictError: missing, unexpected or wrongly shaped arrays, all of them in one error.
-      TypeError: a linen module without inputs, something that is not a module, or complex numbers for real ones.
+      StateDictError: missing, unexpected or wrongly shaped arrays, all of them in one error, with a likely cause.
+      TypeError: a linen module without inputs, something that is not a module (an `nnx.State`, too), or complex numbers
+        for real ones.
       ValueError: as in `load_checkpoint`.
     """
     nnx_module = is_a("nnx", "Module", module)
     if is_a("linen", "Module", module):
         module = _linen_variables(module, inputs)
+    elif is_a("nnx", "State", module):
+        raise TypeError("load_into: module must be the module itself, got its nnx.State")
     elif not nnx_module and not isinstance(module, Mapping):
         raise TypeError(f"load_into: module must be a Flax module or variables, got {type(module).__name__}")
     entries = list(entries_of(module))
@@ -165,13 +199,66 @@ def load_into(
         state_dict = read_checkpoint(
             state_dict, prefix, keep=lambda name: (name if nnx_module else joined_name(name)) in own
         )
-    arrays = state_dict
-    entries = list(named(entries, arrays, joined=not nnx_module))
+    entries = list(named(entries, state_dict, joined=not nnx_module))
+    loaded = _fill(entries, state_dict, plain_arrays(module) if nnx_module else (), strict)
+    return module if nnx_module else replaced(module, loaded)
 
+
+def load_parts(
+    parts: Mapping[str, Any], state_dict: str | os.PathLike | Mapping[str, Any], *, strict: bool = True
+) -> list[str]:
+    """Fills the parts of a whole detector from its checkpoint, all of them or, if something does not fit, none.
+
+        left = load_parts({"backbone.": backbone, "neck.": neck}, "detector.pth")
+
+    Args:
+      parts: nnx modules, which are changed, by the prefixes of their names. The last dot may be left out.
+      state_dict: the whole checkpoint, as in `load_checkpoint`, whose rules apply as in `load_into`.
+      strict: as in `load_into`.
+
+    Returns:
+      The names that no part has taken, such as those of the head.
+
+    Raises:
+      StateDictError: as in `load_into`, with whole names.
+      TypeError: a part that is not an nnx module, and as in `load_into`.
+      ValueError: as in `load_checkpoint`.
+    """
+    parts = {prefix and prefix.removesuffix(".") + ".": module for prefix, module in parts.items()}
+    entries: list[Entry] = []
+    plain: set[str] = set()
+    for prefix, module in parts.items():
+        if not is_a("nnx", "Module", module):
+            raise TypeError(f"load_parts: {prefix!r} must be an nnx module, got {type(module).__name__}")
+        for entry in entries_of(module):
+            key, flax_key = prefix + entry.key, prefix + entry.flax_key
+            entries.append(dataclasses.replace(entry, key=key, flax_key=flax_key, path=(prefix, *entry.path)))
+        plain |= {prefix + name for name in plain_arrays(module)}
+    if not isinstance(state_dict, StateDict):
+        own = {name for entry in entries for name in (entry.key, entry.flax_key)}
+        state_dict = read_checkpoint(state_dict, "", keep=own.__contains__)
+    below = {key: array for key, array in state_dict.items() if key.startswith(tuple(parts))}
+    entries = list(named(entries, below, joined=False))
+    _fill(entries, below, plain, strict)
+    taken = {entry.key for entry in entries}
+    return [key for key in state_dict if key not in taken and not (key in below and _is_counter(key))]
+
+
+def _is_counter(key: str) -> bool:
+    return key.split(".")[-1] == _COUNTER
+
+
+def _fill(
+    entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], plain: Collection[str], strict: bool
+) -> dict[tuple[Any, ...], jax.Array]:
+    """The arrays of a state dict as those of the entries, by their paths. nnx's variables are set to them.
+
+    `plain` are names of arrays of the module that are no variables.
+    """
     keys = {entry.key for entry in entries}
     given = {entry.path for entry in entries if entry.key in arrays}
     missing = [entry.key for entry in entries if entry.path not in given and entry.leaf != _COUNTER]
-    unexpected = [key for key in arrays if key not in keys and key.split(".")[-1] != _COUNTER]
+    unexpected = [key for key in arrays if key not in keys and not _is_counter(key)]
     misshaped = {
         entry.key: (arrays[entry.key].shape, expected)
         for entry in entries
@@ -180,7 +267,15 @@ def load_into(
     # An abstract parameter has no value to keep.
     abstract = {entry.key for entry in entries if isinstance(entry.array, jax.ShapeDtypeStruct)}
     if misshaped or (strict and (missing or unexpected)) or not abstract.isdisjoint(missing):
-        raise StateDictError(missing, unexpected, misshaped)
+        hints = {
+            key: "the module's array of this name is no nnx.Variable, and only those are seen"
+            for key in unexpected
+            if key in plain
+        }
+        for entry in entries:
+            if entry.key in misshaped and (hint := _layout_hint(entry, arrays[entry.key])):
+                hints[entry.key] = hint
+        raise StateDictError(missing, unexpected, misshaped, hints)
     for kind, names in (("keep their values", missing), ("are skipped", unexpected)):
         if names:
             _LOG.warning("%d arrays %s: %s", len(names), kind, ", ".join(names))
@@ -199,9 +294,19 @@ def load_into(
         if array is not None:
             array = to_flax(entry.leaf, array).astype(entry.array.dtype)
             loaded[entry.path] = jax.device_put(array, getattr(entry.array, "sharding", None))
-            if nnx_module:
+            if entry.variable is not None:
                 entry.variable.set_value(loaded[entry.path])
-    return module if nnx_module else replaced(module, loaded)
+    return loaded
+
+
+def _layout_hint(entry: Entry, array: np.ndarray) -> str:
+    """What is wrong with a shape if it is only the order of the axes."""
+    shape = tuple(entry.array.shape)
+    if entry.leaf != "kernel" and array.ndim > 1 and to_flax("kernel", array).shape == shape:
+        return "the module has it in the layout of a Flax kernel, but only what is called kernel is transposed"
+    if entry.leaf == "kernel" and array.shape == shape:
+        return "the module has it in torch's layout, but what is called kernel is transposed"
+    return ""
 
 
 def _linen_variables(module: Any, inputs: Sequence[Any] | None) -> Mapping[str, Any]:

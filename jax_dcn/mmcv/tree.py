@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -60,6 +61,36 @@ def entries_of(source: Any) -> Iterator[Entry]:
         yield Entry(key, flax_key, str(leaf) if key != flax_key or leaf != "kernel" else "", path, array, variable)
 
 
+def entries_of_state(state: Mapping[Any, Any], module: Any) -> Iterator[Entry]:
+    """The entries of the nnx module that a state of it has, with the state's arrays.
+
+    Raises:
+      ValueError: a name or a shape that the module has not.
+    """
+    # Their numbers in lists are nnx's, or strings as from `convert_state_dict`.
+    arrays = {
+        tuple(map(str, path)): leaf.get_value() if is_a("nnx", "Variable", leaf) else leaf
+        for path, leaf in _flat(state)
+    }
+    known = {tuple(map(str, path)) for path, *_ in nnx_nodes(module)}
+    if unknown := [".".join(path) for path in arrays if path not in known]:
+        raise ValueError(f"the state has {', '.join(unknown)}, which {type(module).__name__} has not")
+    for entry in entries_of(module):
+        array = arrays.get(tuple(map(str, entry.path)))
+        if array is not None:
+            if tuple(array.shape) != tuple(entry.array.shape):
+                raise ValueError(
+                    f"the state's {entry.flax_key} has shape {tuple(array.shape)}, expected {tuple(entry.array.shape)}"
+                )
+            yield dataclasses.replace(entry, array=array)
+
+
+def plain_arrays(module: Any) -> set[str]:
+    """The names of an nnx module's arrays that are no variables."""
+    arrays = (names for _, node, names in nnx_nodes(module) if isinstance(node, (jax.Array, np.ndarray)))
+    return {".".join(map(str, name)) for names in arrays for name in names}
+
+
 def named(entries: Iterable[Entry], names: Iterable[str], *, joined: bool) -> Iterator[Entry]:
     """The entries under those of the names that mean them.
 
@@ -75,7 +106,8 @@ def named(entries: Iterable[Entry], names: Iterable[str], *, joined: bool) -> It
             yield entry
 
 
-def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Any, Any]]:
+def nnx_nodes(module: Any) -> Iterator[tuple[tuple[Any, ...], Any, list[tuple[Any, ...]]]]:
+    """The path of every node of an nnx module, the node, and the names that it has in torch, one for each place."""
     from flax import nnx
 
     # Each node once. A node that is in several places has the other paths in `shared`; those within itself are cycles.
@@ -96,17 +128,25 @@ def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...],
     sequential = {
         alias for path, node in nodes.items() if isinstance(node, nnx.Sequential) for alias in all_paths(path)
     }
-    for path, variable in nodes.items():
-        if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState):
-            for alias in dict.fromkeys(all_paths(path)):
-                # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
-                name = tuple(
-                    part for depth, part in enumerate(alias) if not (part == "layers" and alias[:depth] in sequential)
-                )
-                yield name, path, variable.get_value(), variable
+
+    def name(path: tuple[Any, ...]) -> tuple[Any, ...]:
+        # torch's Sequential numbers its layers itself, nnx's keeps them in a list `layers`.
+        return tuple(part for depth, part in enumerate(path) if not (part == "layers" and path[:depth] in sequential))
+
+    for path, node in nodes.items():
+        yield path, node, [name(alias) for alias in dict.fromkeys(all_paths(path))]
 
 
-def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _nnx_leaves(module: Any) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Any, Any]]:
+    from flax import nnx
+
+    for path, node, names in nnx_nodes(module):
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+            for name in names:
+                yield name, path, node.get_value(), node
+
+
+def _flat(tree: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, (*path, name))

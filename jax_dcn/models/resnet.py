@@ -94,7 +94,7 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
     """mmdet's ResNet (He et al. 2015, https://arxiv.org/abs/1512.03385) with deformable convolutions in some stages.
 
-    Stage i (0 to 3) is the attribute `layer{i+1}`, a list of blocks with mmdet's names.
+    Stage i (0 to 3) is the attribute `layer{i+1}`, a `Sequential` of blocks with mmdet's names.
 
     Args:
       depth: 50, 101 or 152.
@@ -210,7 +210,7 @@ class ResNet(nnx.Module):
                     )
                 )
                 channels = planes * Bottleneck.expansion
-            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+            setattr(self, f"layer{stage + 1}", Sequential(*blocks))
 
         if frozen_stages >= 0:
             freeze(self.conv1)
@@ -222,7 +222,7 @@ class ResNet(nnx.Module):
                 if isinstance(node, BatchNorm2d):
                     freeze_parameters(node)
 
-    def _stage(self, stage: int) -> nnx.List:
+    def _stage(self, stage: int) -> Sequential:
         return getattr(self, f"layer{stage + 1}")
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -247,8 +247,7 @@ class ResNet(nnx.Module):
         x = max_pool2d(x, 3, 2, 1)
         maps = []
         for stage in range(max(self.out_indices) + 1):
-            for block in self._stage(stage):
-                x = block(x)
+            x = self._stage(stage)(x)
             maps.append(x)
         return tuple(jnp.moveaxis(maps[stage], 3, axis) for stage in self.out_indices)
 

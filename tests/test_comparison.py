@@ -1,0 +1,269 @@
+"""jax_dcn.mmcv.compare: a port beside its original in torch."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support.models_golden import GoldenModel
+
+from jax_dcn import mmcv
+from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, Linear, Scale
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reppoints():
+    """The port, the original with the same weights, and an input."""
+    pytest.importorskip("matplotlib")
+    golden = GoldenModel("reppoints")
+    original = imported(ROOT / "tests" / "data" / "make_models.py").RepPoints(**golden.config)
+    original.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in golden.state_dict.items()})
+    head = imported(ROOT / "examples" / "reppoints.py").RepPointsHead(
+        **golden.config, gradient_mul=1.0, rngs=nnx.Rngs(0)
+    )
+    return mmcv.load_into(head, golden.state_dict), original, golden.inputs[0]
+
+
+def test_a_port_agrees(reppoints):
+    head, original, x = reppoints
+    comparison = mmcv.compare(head, original, x)
+    assert [row.name for row in comparison.outputs] == [
+        *(f"{tower}_convs.{i}.{part}" for i in range(2) for tower in ("cls", "reg") for part in ("conv", "gn")),
+        *("reppoints_pts_init_conv", "reppoints_pts_init_out"),
+        *("reppoints_cls_conv", "reppoints_cls_out", "reppoints_pts_refine_conv", "reppoints_pts_refine_out"),
+        *("[0]", "[1]", "[2]"),
+    ]
+    assert comparison.outputs[0].shape == (2, 16, 9, 13)
+    assert max(row.error for row in comparison.outputs) < 1e-5
+    assert comparison.first is None
+    assert comparison.weights == ()
+
+
+@pytest.mark.parametrize("mistake", ["epsilon", "order", "stride"])
+def test_one_planted_mistake_is_named(reppoints, mistake):
+    head, original, x = reppoints
+    head = nnx.clone(head)
+    if mistake == "epsilon":  # a hundred times larger than it is wrong in Flax's default, for small numbers here
+        head.reg_convs[1].gn.epsilon, first = 1e-3, "reg_convs.1.gn"
+    elif mistake == "order":
+        pixels = nnx.Param(head.reppoints_pts_init_out.bias[...].reshape(9, 2)[:, ::-1].reshape(18))
+        head.reppoints_pts_init_out.bias, first = pixels, "reppoints_pts_init_out"
+    else:
+        head.reppoints_cls_conv.dilation, first = (2, 2), "reppoints_cls_conv"
+        head.reppoints_cls_conv.padding = (2, 2)
+    comparison = mmcv.compare(head, original, x)
+    assert not comparison.agrees
+    assert comparison.first.name == first
+    assert comparison.weights == (("reppoints_pts_init_out.bias",) if mistake == "order" else ())
+    line = next(line for line in str(comparison).splitlines() if line.endswith("the first that differs"))
+    assert line.startswith(f"* {first} ")
+    later = [row for row in comparison.outputs if comparison.differs(row)]
+    assert later[0] is comparison.first
+    assert len(later) > 1
+
+
+class Small(nnx.Module):
+    def __init__(self, data_format="NHWC"):
+        options = dict(data_format=data_format, rngs=nnx.Rngs(0))
+        self.conv = Conv2d(3, 8, 3, padding=1, **options)
+        self.bn = BatchNorm2d(8, **options)
+        self.scale = Scale(1.5)
+        self.data_format = data_format
+
+    def __call__(self, x):
+        x = nnx.relu(self.bn(self.conv(x)))
+        return {"both": [x, self.scale(self.scale(x))]}
+
+
+class TorchScale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class TorchSmall(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8)
+        self.relu, self.scale = torch.nn.ReLU(inplace=True), TorchScale()
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv(x)))
+        return {"both": [x, self.scale(self.scale(x))]}
+
+
+def small(data_format="NHWC"):
+    original = TorchSmall()
+    arrays = {key: array.numpy() for key, array in original.state_dict().items()}
+    return mmcv.load_into(Small(data_format), arrays), original
+
+
+X = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+
+
+def test_gradients_and_calls(data_format):
+    """Of images with as many channels as rows and columns, in which the layouts cannot be told by the shape."""
+    module, original = small(data_format)
+    comparison = mmcv.compare(module, original, X)
+    assert comparison.agrees, str(comparison)
+    assert [row.name for row in comparison.outputs] == [
+        *("conv", "bn", "scale (call 1)", "scale (call 2)", "[0]", "[1]"),
+    ]
+    assert {row.name for row in comparison.gradients} == {
+        "conv.weight",
+        "conv.bias",
+        "bn.weight",
+        "bn.bias",
+        "scale.scale",
+    }
+    assert comparison.unmatched == ("relu",)
+    text = str(comparison)
+    assert "submodules of torch that have none of their name here (1): relu" in text
+    assert text.endswith("nothing differs")
+
+
+def test_neither_is_changed():
+    module, original = small()
+    before = mmcv.to_state_dict(module)
+    calls = {cls: cls.__call__ for cls in (Small, Conv2d, BatchNorm2d, Scale)}
+    comparison = mmcv.compare(module, original, X, training=True)
+    assert comparison.agrees, str(comparison)  # with the bias before the normalization, whose gradient is rounding
+    after = mmcv.to_state_dict(module)
+    assert all(np.array_equal(after[key], array) for key, array in before.items())
+    assert original.bn.num_batches_tracked == 0
+    assert original.training
+    assert all(cls.__call__ is call for cls, call in calls.items())
+
+
+def test_the_calls_come_back_after_an_error():
+    module, _ = small()
+    call = Conv2d.__call__
+    with pytest.raises(ValueError, match="x has 5 channels"):
+        mmcv.compare(module, torch.nn.Identity(), np.ones((1, 5, 4, 4), np.float32))
+    assert Conv2d.__call__ is call
+
+
+def test_training_is_another_comparison():
+    module, original = small()
+    evaluated, trained = (mmcv.compare(module, original, X, training=training) for training in (False, True))
+    assert evaluated.agrees
+    assert trained.agrees
+    assert evaluated.gradients[0].shape == trained.gradients[0].shape
+    module.bn.momentum = 0.5  # which only shows in the statistics afterwards
+    module.bn.norm_eval = True
+    assert mmcv.compare(module, original, X).agrees
+    assert mmcv.compare(module, original, X, training=True).first.name == "bn"
+
+
+def test_weights_that_were_not_loaded():
+    comparison = mmcv.compare(Small(), TorchSmall(), X)
+    assert comparison.weights == ("conv.weight", "conv.bias")
+    assert "weights that differ, or that only one of them has (2): conv.weight, conv.bias" in str(comparison)
+
+
+def test_a_gradient_that_is_wrong():
+    """The outputs do not show it."""
+
+    class Stopped(Small):
+        def __call__(self, x):
+            return super().__call__(jax.lax.stop_gradient(x)) | {"weight": jax.lax.stop_gradient(self.conv.bias[...])}
+
+    class TorchNotStopped(TorchSmall):
+        def forward(self, x):
+            return super().forward(x) | {"weight": self.conv.bias}
+
+    original = TorchNotStopped()
+    module = mmcv.load_into(Stopped(), {key: array.numpy() for key, array in original.state_dict().items()})
+    comparison = mmcv.compare(module, original, X)
+    assert comparison.first is None
+    assert [row.name for row in comparison.gradients if comparison.differs(row)] == ["conv.bias"]
+
+
+def test_other_shapes_and_other_counts():
+    class Half(Small):
+        def __call__(self, x):
+            x = self.bn(self.conv(x))[:, ::2]
+            return {"both": [nnx.relu(x), self.scale(x)]}
+
+    _, original = small()
+    module = mmcv.load_into(Half(), {key: array.numpy() for key, array in original.state_dict().items()})
+    comparison = mmcv.compare(module, original, X)
+    notes = {row.name: row.note for row in comparison.outputs}
+    assert notes["scale (call 1)"] == "shape (2, 4, 8, 8) here"
+    assert notes["scale (call 2)"] == "nothing here"
+    assert comparison.gradients == ()
+    assert not comparison.agrees
+
+
+def test_what_a_transformation_hides():
+    class Remat(Small):
+        def __call__(self, x):
+            x = jax.checkpoint(lambda x: nnx.relu(self.bn(self.conv(x))))(x)
+            return {"both": [x, self.scale(self.scale(x))]}
+
+    _, original = small()
+    module = mmcv.load_into(Remat(), {key: array.numpy() for key, array in original.state_dict().items()})
+    comparison = mmcv.compare(module, original, X)
+    assert comparison.outputs[0].note == "not seen, inside of a transformation"
+    assert comparison.outputs[-1].error < 1e-5
+
+
+def test_containers_of_inputs_and_sequential():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.Sequential(Linear(4, 5, rngs=nnx.Rngs(0)), nnx.relu, Linear(5, 2, rngs=nnx.Rngs(1)))
+
+        def __call__(self, xs, options, factor):
+            return tuple(self.layers(x) * factor + options["shift"] for x in xs)
+
+    class Original(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+
+        def forward(self, xs, options, factor):
+            return tuple(self.layers(x) * factor + options["shift"] for x in xs)
+
+    original = Original()
+    module = mmcv.load_into(Model(), {key: array.numpy() for key, array in original.state_dict().items()})
+    xs = [np.ones((3, 4), np.float32), torch.ones(1, 4)]
+    comparison = mmcv.compare(module, original, xs, {"shift": jnp.ones((1, 2), jnp.float32)}, 2.0)
+    assert comparison.agrees, str(comparison)
+    names = ["layers.0", "layers.2", "layers"]
+    assert [row.name for row in comparison.outputs] == [
+        *(f"{name} (call {call})" for call in (1, 2) for name in names),
+        *("[0]", "[1]"),
+    ]
+
+
+def test_nan_differs():
+    module, original = small()
+    module.conv.bias[...] = module.conv.bias[...].at[0].set(jnp.nan)
+    assert mmcv.compare(module, original, X).first.name == "conv"
+
+
+def test_what_is_no_module():
+    module, original = small()
+    with pytest.raises(TypeError, match=r"^compare: module must be an nnx module, got TorchSmall$"):
+        mmcv.compare(original, original, X)
+    with pytest.raises(TypeError, match=r"^compare: torch_module must be a torch\.nn\.Module, got Small$"):
+        mmcv.compare(module, module, X)
+    with pytest.raises(ValueError, match=r"^compare: data_format must be one of"):
+        mmcv.compare(module, original, X, data_format="CHW")
