@@ -49,8 +49,9 @@ def test_a_port_agrees(reppoints):
     ]
     assert comparison.outputs[0].shape == (2, 16, 9, 13)
     assert max(row.error for row in comparison.outputs) < 1e-5
+    assert {row.name for row in comparison.gradients} == {name for name, _ in original.named_parameters()}
+    assert comparison.agrees, str(comparison)
     assert comparison.first is None
-    assert comparison.weights == ()
 
 
 @pytest.mark.parametrize("mistake", ["epsilon", "order", "stride"])

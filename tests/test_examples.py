@@ -13,6 +13,7 @@ from support.formats import to_nchw, to_nhwc
 from support.models_golden import GoldenModel
 
 from jax_dcn import mmcv
+from jax_dcn.mmcv.nn import interpolate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DATA = Path(__file__).parent / "data"
@@ -102,6 +103,24 @@ def test_mmdets_own_numbers(name, build):
     assert set(actual) == set(expected)
     for key, grad in expected.items():
         np.testing.assert_allclose(actual[key], grad, rtol=0, atol=1e-5 * np.abs(grad).max(), err_msg=key)
+
+
+@pytest.mark.parametrize("repair", ["stride", "resize"])
+def test_repairs_of_offsets_of_another_level_are_wrong(repair, monkeypatch):
+    """Of DyHead's, which mmcv reads from their beginning: every second one, or resized ones, are more than half off."""
+    module = example("dyhead")
+    repairs = {
+        "stride": lambda maps, size: maps[:, ::2, ::2],
+        "resize": lambda maps, size: interpolate(maps, size, mode="bilinear", align_corners=False),
+    }
+    monkeypatch.setattr(module, "reread", repairs[repair])
+    with np.load(DATA / "dyhead.npz") as arrays:
+        state_dict = {key.removeprefix("state:"): arrays[key] for key in arrays if key.startswith("state:")}
+        levels = [jnp.asarray(to_nhwc(arrays[f"in{level}"])) for level in range(5)]
+        expected = [arrays[f"out{level}"] for level in range(5)]
+    outs = mmcv.load_into(module.DyHead(24, 32, 2, rngs=nnx.Rngs(0)), state_dict)(levels)
+    for actual, right in zip(outs, expected, strict=True):
+        assert np.abs(to_nchw(np.asarray(actual)) - right).max() > 0.5 * np.abs(right).max()
 
 
 def test_saconvs_names_are_mmcvs():

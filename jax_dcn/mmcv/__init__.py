@@ -8,7 +8,7 @@ files of their formats, Flax only by what fills its modules. On the command line
 
     python -m jax_dcn.mmcv convert in.pth out.safetensors
 
-`jax_dcn.mmcv.nn` has the parts of which ports are made, for Flax's nnx.
+`jax_dcn.mmcv.nn` has the parts of which ports are made, for Flax's nnx, and `compare` runs a port beside its original.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from jax_dcn.mmcv.checkpoint import StateDict as StateDict
 from jax_dcn.mmcv.checkpoint import load_checkpoint as load_checkpoint
 from jax_dcn.mmcv.checkpoint import save_checkpoint as save_checkpoint
 from jax_dcn.mmcv.comparison import Comparison as Comparison
+from jax_dcn.mmcv.comparison import Row as Row
 from jax_dcn.mmcv.comparison import compare as compare
 from jax_dcn.mmcv.convert import StateDictError as StateDictError
 from jax_dcn.mmcv.convert import convert_state_dict as convert_state_dict

@@ -219,10 +219,11 @@ class RepPoints(nn.Module):
             pts_feat = reg["gn"](reg["conv"](pts_feat)).relu()
         points = self.reppoints_pts_init_out(self.reppoints_pts_init_conv(pts_feat).relu())
         grid = torch.tensor([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], dtype=x.dtype).view(1, 18, 1, 1)
-        offset = points - grid
+        fixed = points.detach()
+        offset = 0.9 * fixed + 0.1 * points - grid
         cls_out = self.reppoints_cls_out(self.reppoints_cls_conv(cls_feat, offset=offset).relu())
         refined = self.reppoints_pts_refine_conv(pts_feat, offset=offset).relu()
-        return cls_out, points, self.reppoints_pts_refine_out(refined) + points
+        return cls_out, points, self.reppoints_pts_refine_out(refined) + fixed
 
 
 # --- BasicSR ---
