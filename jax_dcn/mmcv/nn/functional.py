@@ -77,7 +77,11 @@ def _resized(
     # In x's dtype, as torch computes them: a neighbour may hang on the rounding.
     index, one_step = np.arange(target, dtype=dtype), dtype.type(step)
     if mode == "nearest":
-        return jnp.take(x, np.minimum((index * one_step).astype(int), source - 1), axis=axis)
+        neighbours = np.minimum((index * one_step).astype(int), source - 1)
+        if target % source == 0 and np.array_equal(neighbours, np.arange(target) // (target // source)):
+            # A broadcast, whose gradient is a sum, and takes a fifth of the time of a gather's, a scatter.
+            return jnp.repeat(x, target // source, axis=axis)
+        return jnp.take(x, neighbours, axis=axis)
     if align_corners:
         position = index * dtype.type((source - 1) / (target - 1) if target > 1 else 0)
     else:
