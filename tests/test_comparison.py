@@ -32,9 +32,8 @@ def reppoints():
     golden = GoldenModel("reppoints")
     original = imported(ROOT / "tests" / "data" / "make_models.py").RepPoints(**golden.config)
     original.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in golden.state_dict.items()})
-    head = imported(ROOT / "examples" / "reppoints.py").RepPointsHead(
-        **golden.config, gradient_mul=1.0, rngs=nnx.Rngs(0)
-    )
+    build = imported(ROOT / "examples" / "reppoints.py").RepPointsHead
+    head = build(**golden.config, rngs=nnx.Rngs(0))
     return mmcv.load_into(head, golden.state_dict), original, golden.inputs[0]
 
 

@@ -1,6 +1,7 @@
 """State dicts: names, layouts, and the errors that say what does not fit."""
 
 import logging
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -642,6 +643,12 @@ def test_missing_file(tmp_path):
 def test_not_a_module():
     with pytest.raises(TypeError, match="module must be a Flax module or variables, got int"):
         mmcv.load_into(3, pack())
+
+
+def test_comparing_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"^compare needs torch: pip install torch$"):
+        mmcv.compare(layer(), None)
 
 
 @pytest.mark.parametrize("source", [3, linen.Dense(3), None])

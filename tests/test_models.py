@@ -269,11 +269,15 @@ def test_without_flax():
     run_python("""
 import sys
 sys.modules["flax"] = None
+sys.modules["torch"] = None
+import importlib
 import jax_dcn.mmcv
-try:
-    import jax_dcn.models
-except ImportError as error:
-    assert "pip install jax_dcn[flax]" in str(error), error
-else:
-    raise AssertionError
+for name in ("models", "mmcv.nn"):
+    try:
+        importlib.import_module(f"jax_dcn.{name}")
+    except ImportError as error:
+        assert f"jax_dcn.{name} needs Flax: pip install jax_dcn[flax]" == str(error), error
+    else:
+        raise AssertionError
+assert not hasattr(jax_dcn.mmcv, "other")
 """)
