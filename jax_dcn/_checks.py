@@ -167,12 +167,14 @@ def check_bool(name: str, argument: str, value: Any) -> None:
         raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
 
 
-def check_channels(name: str, shape: Sequence[Any], channels: int, data_format: str) -> None:
-    """Checks the channels of a layer's input."""
+def check_images(name: str, shape: Sequence[Any], data_format: str, channels: int, argument: str) -> None:
+    """Checks the shape of a layer's input, images of so many channels as the argument says."""
+    if len(shape) < 3:
+        raise ValueError(f"{name}: x has {len(shape)} dimensions, expected 3 or more, in shape {tuple(shape)}")
     actual = shape[data_format.index("C") - 4]
     if actual != channels:
         hint = _other_format("x", shape, data_format, channels)
-        raise ValueError(f"{name}: x has {actual} channels, expected {channels} = in_channels{hint}")
+        raise ValueError(f"{name}: x has {actual} channels, expected {channels} = {argument}{hint}")
 
 
 def _other_format(argument: str, shape: Sequence[Any], data_format: str, *channels: Any) -> str:
@@ -248,7 +250,7 @@ def _check_per_pixel(
     batch: int,
     out: Pair,
     data_format: str,
-    modulated: bool,
+    hint: str,
 ) -> None:
     """Checks offset or mask: one value per image, channel and output pixel."""
     n, *rest = array.shape
@@ -256,14 +258,13 @@ def _check_per_pixel(
     if n != batch:
         raise ValueError(f"{name}: {argument} has batch size {n}, expected x's, {batch}")
     if c != channels:
-        hint = _other_format(argument, array.shape, data_format, channels)
-        raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}{hint}")
+        other = _other_format(argument, array.shape, data_format, channels)
+        raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}{other}")
     # JAX's own convolutions, such as a Pack's, do not exclude an output without pixels where sizes are symbolic.
     if any(size not in (pixels, jax.core.max_dim(pixels, 0)) for size, pixels in zip(spatial, out, strict=True)):
-        hint = "; mmcv's version 2 does not check it: see 'Offsets of another level' in docs/porting.md"
         raise ValueError(
             f"{name}: {argument} has spatial size {spatial[0]} x {spatial[1]}, expected that of the output, "
-            f"{out[0]} x {out[1]}{hint if modulated else ''}"
+            f"{out[0]} x {out[1]}{hint}"
         )
 
 
@@ -334,7 +335,8 @@ def check_operands(
         )
     kh, kw = geometry.kernel_size
     formula = f"deform_groups ({geometry.deform_groups}) * kernel {kh} * {kw}"
-    common = (batch, out, data_format, mask is not None)
+    hint = "; mmcv's version 2 does not check it: jax_dcn.mmcv.nn.reread gives what it reads"
+    common = (batch, out, data_format, "" if mask is None else hint)
     _check_per_pixel(name, "offset", offset, geometry.offset_channels, f"{formula} * 2", *common)
     if mask is not None:
         _check_per_pixel(name, "mask", mask, geometry.mask_channels, formula, *common)

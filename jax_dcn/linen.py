@@ -20,6 +20,7 @@ class _Named:
     @property
     def _name(self) -> str:
         name = type(self).__name__
+        # A module outside of init and apply has no path. The class is for the type checker.
         path = self.path if isinstance(self, nn.Module) and getattr(self, "scope", None) else ()
         return f"{name} {'/'.join(path)}" if path else name
 

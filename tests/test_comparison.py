@@ -1,6 +1,7 @@
 """jax_dcn.mmcv.compare: a port beside its original in torch."""
 
 import importlib.util
+import typing
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from support.models_golden import GoldenModel
 
 from jax_dcn import mmcv
-from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, Linear, Scale
+from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, ConvModule, Linear, Scale
 
 torch = pytest.importorskip("torch")
 
@@ -109,6 +110,10 @@ class TorchSmall(torch.nn.Module):
         return {"both": [x, self.scale(self.scale(x))]}
 
 
+def ported(build, original):
+    return mmcv.load_into(build(), {key: array.numpy() for key, array in original.state_dict().items()})
+
+
 def small(data_format="NHWC"):
     original = TorchSmall()
     arrays = {key: array.numpy() for key, array in original.state_dict().items()}
@@ -124,7 +129,7 @@ def test_gradients_and_calls(data_format):
     comparison = mmcv.compare(module, original, X)
     assert comparison.agrees, str(comparison)
     assert [row.name for row in comparison.outputs] == [
-        *("conv", "bn", "scale (call 1)", "scale (call 2)", "[0]", "[1]"),
+        *("conv", "bn", "scale (call 1)", "scale (call 2)", "[both][0]", "[both][1]"),
     ]
     assert {row.name for row in comparison.gradients} == {
         "conv.weight",
@@ -190,7 +195,7 @@ def test_a_gradient_that_is_wrong():
             return super().forward(x) | {"weight": self.conv.bias}
 
     original = TorchNotStopped()
-    module = mmcv.load_into(Stopped(), {key: array.numpy() for key, array in original.state_dict().items()})
+    module = ported(Stopped, original)
     comparison = mmcv.compare(module, original, X)
     assert comparison.first is None
     assert [row.name for row in comparison.gradients if comparison.differs(row)] == ["conv.bias"]
@@ -203,26 +208,154 @@ def test_other_shapes_and_other_counts():
             return {"both": [nnx.relu(x), self.scale(x)]}
 
     _, original = small()
-    module = mmcv.load_into(Half(), {key: array.numpy() for key, array in original.state_dict().items()})
+    module = ported(Half, original)
     comparison = mmcv.compare(module, original, X)
     notes = {row.name: row.note for row in comparison.outputs}
     assert notes["scale (call 1)"] == "shape (2, 4, 8, 8) here"
-    assert notes["scale (call 2)"] == "nothing here"
+    assert notes["scale (call 2)"] == "not called here, or inside of a transformation"
     assert comparison.gradients == ()
     assert not comparison.agrees
 
 
-def test_what_a_transformation_hides():
-    class Remat(Small):
+@pytest.mark.parametrize(
+    ("transform", "note"),
+    [
+        (
+            lambda module, x: jax.checkpoint(lambda x: module.bn(module.conv(x)))(x),
+            "not seen, inside of a transformation",
+        ),
+        (
+            lambda module, x: nnx.jit(lambda module, x: module.bn(module.conv(x)))(module, x),
+            "not called here, or inside of a transformation",
+        ),
+    ],
+)
+def test_what_a_transformation_hides(transform, note):
+    class Hidden(Small):
         def __call__(self, x):
-            x = jax.checkpoint(lambda x: nnx.relu(self.bn(self.conv(x))))(x)
+            x = nnx.relu(transform(self, x))
             return {"both": [x, self.scale(self.scale(x))]}
 
     _, original = small()
-    module = mmcv.load_into(Remat(), {key: array.numpy() for key, array in original.state_dict().items()})
-    comparison = mmcv.compare(module, original, X)
-    assert comparison.outputs[0].note == "not seen, inside of a transformation"
+    comparison = mmcv.compare(ported(Hidden, original), original, X)
+    assert comparison.outputs[0].note == note
     assert comparison.outputs[-1].error < 1e-5
+    assert not comparison.agrees
+
+
+def test_a_layer_that_is_not_called_or_too_often():
+    class Forgotten(Small):
+        def __call__(self, x):
+            x = nnx.relu(self.conv(x))
+            return {"both": [x, self.scale(self.scale(self.scale(x)))]}
+
+    _, original = small()
+    comparison = mmcv.compare(ported(Forgotten, original), original, X)
+    notes = {row.name: row.note for row in comparison.outputs}
+    assert notes["bn"] == "not called here, or inside of a transformation"
+    assert comparison.first.name == "bn"
+    assert comparison.unmatched == ("relu",)
+    assert [row.note for row in comparison.outputs if row.name == "scale (call 2)"] == [
+        *("", "called 3 times here, 2 in torch"),
+    ]
+
+    class TorchForgot(TorchSmall):
+        def forward(self, x):
+            x = self.relu(self.conv(x))
+            return {"both": [x, self.scale(self.scale(x))]}
+
+    module, _ = small()
+    comparison = mmcv.compare(module, TorchForgot(), X)
+    assert [row.name for row in comparison.outputs if row.note == "not called in torch"] == ["bn"]
+
+
+def test_an_error_of_the_port_says_what_came_before():
+    class Broken(Small):
+        def __call__(self, x):
+            x = self.bn(self.conv(x[:, 1:]))
+            raise ValueError("shapes do not fit")
+
+    _, original = small()
+    with pytest.raises(ValueError, match="shapes do not fit") as caught:
+        mmcv.compare(ported(Broken, original), original, X)
+    (note,) = caught.value.__notes__
+    assert note.startswith("compare: this is the port's. What it had done before:")
+    assert "* conv" in note
+    assert "shape (2, 7, 8, 8) here, the first that differs" in note
+    assert "scale" not in note
+
+
+def test_a_bare_conv_module_of_either_format(data_format):
+    original = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3))
+    module = ConvModule(3, 5, 3, act_cfg=None, data_format=data_format, rngs=nnx.Rngs(0))
+    mmcv.load_into(module, {f"conv.{key}": a.numpy() for key, a in original[0].state_dict().items()})
+    comparison = mmcv.compare(module, original, X)
+    assert comparison.outputs[-1].error < 1e-5
+
+
+@torch.no_grad()
+def test_gradients_are_compared_whatever_torchs_mode():
+    module, original = small()
+    assert len(mmcv.compare(module, original, X).gradients) == 5
+
+
+def test_infinities():
+    """As in masked scores: where they are in both, the others are compared."""
+
+    class Masked(Small):
+        def __call__(self, x):
+            return jnp.where(jnp.arange(8).reshape(1, 1, 1, 8) < 3, -jnp.inf, self.conv(x))
+
+    class TorchMasked(TorchSmall):
+        def forward(self, x):
+            return self.conv(x).masked_fill(torch.arange(8).reshape(1, 8, 1, 1) < 3, -torch.inf)
+
+    original = TorchMasked()
+    module = ported(Masked, original)
+    assert mmcv.compare(module, original, X).outputs[-1].error < 1e-5
+    module.conv.bias[...] = module.conv.bias[...] + 1
+    assert mmcv.compare(module, original, X).outputs[-1].error > 0.01
+
+
+def test_statistics_after_training():
+    module, original = small()
+    module.bn.momentum = 0.5
+    assert mmcv.compare(module, original, X).agrees
+    assert mmcv.compare(module, original, X, training=True).weights == ("bn.running_mean", "bn.running_var")
+
+
+def test_named_tuples_and_the_order_of_dicts():
+    class Pair(typing.NamedTuple):
+        a: typing.Any
+        b: typing.Any
+
+    class Model(Small):
+        def __call__(self, pair):
+            return {"z": self.conv(pair.a), "y": self.conv(pair.b)}
+
+    class Original(TorchSmall):
+        def forward(self, pair):
+            return {"y": self.conv(pair.b), "z": self.conv(pair.a)}
+
+    original = Original()
+    comparison = mmcv.compare(ported(Model, original), original, Pair(X, X + 1))
+    assert [row.name for row in comparison.outputs] == ["conv (call 1)", "conv (call 2)", "[y]", "[z]"]
+    assert {row.name for row in comparison.outputs if comparison.differs(row)} == {"conv (call 1)", "conv (call 2)"}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_inputs_take_the_dtype_of_torchs_parameters(dtype):
+    module, original = small()
+    assert mmcv.compare(module, original, X.astype(dtype)).agrees
+
+
+def test_a_result_without_arrays():
+    class Original(torch.nn.Module):
+        def forward(self, x):
+            return "nothing"
+
+    with pytest.raises(TypeError, match="compare: torch_module must return arrays"):
+        mmcv.compare(small()[0], Original(), X)
 
 
 def test_containers_of_inputs_and_sequential():
@@ -242,7 +375,7 @@ def test_containers_of_inputs_and_sequential():
             return tuple(self.layers(x) * factor + options["shift"] for x in xs)
 
     original = Original()
-    module = mmcv.load_into(Model(), {key: array.numpy() for key, array in original.state_dict().items()})
+    module = ported(Model, original)
     xs = [np.ones((3, 4), np.float32), torch.ones(1, 4)]
     comparison = mmcv.compare(module, original, xs, {"shift": jnp.ones((1, 2), jnp.float32)}, 2.0)
     assert comparison.agrees, str(comparison)

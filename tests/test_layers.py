@@ -517,8 +517,25 @@ def test_wrong_input(api, name, data_format):
     ],
 )
 def test_names_that_others_have_for_an_argument(api, name, given, ours):
-    with pytest.raises(TypeError, match=f"^{name}: the argument {given} is called {ours} here, as in mmcv$"):
+    with pytest.raises(TypeError, match=f"^{name}: the argument {given} is called {ours} here, as in torch and mmcv$"):
         construct(api, name, **OPTIONS, **{given: 2})
+
+
+def test_a_derived_class_may_have_others_names():
+    """As adapters of older code do."""
+
+    class Old(jax_dcn.nnx.ModulatedDeformConv2dPack):
+        def __init__(self, features, deformable_groups=1, *, rngs):
+            super().__init__(features, features, 3, deform_groups=deformable_groups, rngs=rngs)
+
+    assert Old(features=4, deformable_groups=2, rngs=nnx.Rngs(0)).deform_groups == 2
+
+    class Flaxs(jax_dcn.DeformConv2dPack):
+        features: int = 3
+
+    assert Flaxs(4, 4, 3, features=5).features == 5
+    with pytest.raises(TypeError, match=r"^Flaxs: the argument strides is called stride here"):
+        Flaxs(4, 4, 3, strides=2)
 
 
 def test_linens_errors_name_the_path():

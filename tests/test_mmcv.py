@@ -483,6 +483,8 @@ def test_the_state_of_another_module():
     module = Ported()
     with pytest.raises(ValueError, match=r"^the state has first\.gamma, which Ported has not$"):
         mmcv.to_state_dict({"first": {"gamma": np.ones(1)}}, like=module)
+    with pytest.raises(ValueError, match=r"^the state has convs\.layers\.0, which Ported has not$"):
+        mmcv.to_state_dict({"convs": {"layers": {0: np.ones(1)}}}, like=module)
     with pytest.raises(ValueError, match=r"^the state's scale has shape \(3,\), expected \(4,\)$"):
         mmcv.to_state_dict({"scale": np.ones(3)}, like=module)
 
@@ -534,6 +536,16 @@ def test_parts_are_filled_all_or_none(caplog):
         "1 arrays keep their values: neck.bias",
         "1 arrays are skipped: backbone.fc.weight",
     ]
+
+
+def test_parts_that_cannot_be():
+    checkpoint, backbone, neck = detector()
+    with pytest.raises(ValueError, match=r"^no key starts with 'body\.'; the keys start with backbone\., bbox_head\."):
+        mmcv.load_parts({"body": backbone, "neck": neck}, checkpoint)
+    with pytest.raises(ValueError, match=r"^load_parts: two parts have one prefix, got 'neck', 'neck\.'$"):
+        mmcv.load_parts({"neck": backbone, "neck.": neck}, checkpoint)
+    with pytest.raises(TypeError, match=r"^load_parts: parts must be a dict of modules by prefix, got list$"):
+        mmcv.load_parts([("neck", neck)], checkpoint)
 
 
 def test_a_part_that_is_no_module():
@@ -625,6 +637,8 @@ def test_not_strict(caplog):
     ("source", "error", "message"),
     [
         ({"a": 1}, TypeError, "a is not an array of numbers but int"),
+        (3, TypeError, "a state dict must be a path or a dict of arrays, got int$"),
+        (linen.Dense(3), TypeError, r"got Dense$"),
         ({0: np.ones(1)}, ValueError, "the checkpoint holds no state dict, but dict"),
         ("model.npz", ValueError, r"model\.npz must end in \.pth, \.pt or \.safetensors"),
     ],

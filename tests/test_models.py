@@ -93,8 +93,10 @@ def test_fpn(name):
 
 
 @pytest.mark.parametrize("size", [(6, 7), (1, 2)])
-def test_max_pool_is_flaxs(size):
-    x = np.maximum(np.random.default_rng(0).normal(size=(2, *size, 3)), 0)
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_max_pool_is_flaxs(size, levels):
+    """With its gradient, of many equal pixels too, of which the first in the order of rows has it."""
+    x = np.random.default_rng(0).integers(0, levels, (2, *size, 3)).astype(np.float64)
     flaxs = functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     (y, vjp), (expected, expected_vjp) = (jax.vjp(pool, x) for pool in (lambda x: max_pool2d(x, 3, 2, 1), flaxs))
     cotangent = np.random.default_rng(1).normal(size=y.shape)

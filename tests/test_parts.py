@@ -122,7 +122,10 @@ def test_these_numbers_are_torchs(case):
 
 @pytest.mark.parametrize(
     "name",
-    ["Conv2d", "ConvTranspose2d", "Linear", "BatchNorm2d", "GroupNorm", "LayerNorm", "interpolate", "max_pool2d"],
+    [
+        *("Conv2d", "ConvTranspose2d", "Linear", "BatchNorm2d", "GroupNorm", "LayerNorm"),
+        *("interpolate", "max_pool2d", "adaptive_avg_pool2d"),
+    ],
 )
 def test_arguments_are_torchs(name):
     """In torch's order, with its defaults, as far as they exist here."""
@@ -262,6 +265,23 @@ def test_deformable_conv_module(name):
     assert nchw(jnp.ones((1, 4, 5, 5))).shape == (1, 6, 3, 3)
 
 
+def test_what_conv_module_says_of_itself():
+    module = ConvModule(4, 4, 3, norm_cfg=dict(type="GN", num_groups=2), act_cfg=None, data_format="NCHW", rngs=rngs())
+    assert module.norm is module.gn
+    assert (module.with_norm, module.with_activation, module.data_format) == (True, False, "NCHW")
+    plain = ConvModule(4, 4, 3, rngs=rngs())
+    assert (plain.norm, plain.with_norm, plain.with_activation) == (None, False, True)
+    conv = Conv2d(4, 6, 3, 2, groups=2, rngs=rngs())
+    assert (conv.in_channels, conv.out_channels, conv.stride, conv.dilation, conv.groups) == (4, 6, (2, 2), (1, 1), 2)
+
+
+def test_names_of_normalizations():
+    name, layer = build_norm_layer(dict(type="BN"), 4, postfix=1, rngs=rngs())
+    assert (name, type(layer)) == ("bn1", BatchNorm2d)
+    name, layer = build_norm_layer(dict(type="LN", eps=1e-6), 4, rngs=rngs())
+    assert (name, type(layer), layer.epsilon) == ("ln", LayerNorm, 1e-6)
+
+
 def test_conv_module_in_parts():
     x = jnp.asarray(normal(1, 5, 5, 4))
     module = ConvModule(4, 4, 3, norm_cfg=dict(type="BN"), rngs=nnx.Rngs(0))
@@ -361,6 +381,44 @@ def rngs():
             r"^ConvTranspose2d: x has 5 channels, expected 4 = in_channels; .* would fit with data_format='NHWC'$",
         ),
         (lambda: ConvTranspose2d(4, 2, 3, 2, 0, 2, rngs=rngs()), ValueError, r"output_padding .* must be less than"),
+        (
+            lambda: Conv2d(4, 2, 3, rngs=rngs())(jnp.ones((5, 4))),
+            ValueError,
+            r"^Conv2d: x has 2 dimensions, expected 3 or more, in shape \(5, 4\)$",
+        ),
+        (
+            lambda: BatchNorm2d(4, rngs=rngs())(jnp.ones((1, 4, 5, 6))),
+            ValueError,
+            r"^BatchNorm2d: x has 6 channels, expected 4 = num_features; .* would fit with data_format='NCHW'$",
+        ),
+        (
+            lambda: GroupNorm(2, 4, rngs=rngs())(jnp.ones((1, 4, 5, 6))),
+            ValueError,
+            r"^GroupNorm: x has 6 channels, expected 4 = num_channels; .* would fit with data_format='NCHW'$",
+        ),
+        (
+            lambda: LayerNorm(4, rngs=rngs())(jnp.ones((1, 5))),
+            ValueError,
+            r"^LayerNorm: x has shape \(1, 5\), expected 4 = normalized_shape last$",
+        ),
+        (lambda: BatchNorm2d(4, momentum=None, rngs=rngs()), TypeError, "BatchNorm2d: momentum must be a number"),
+        (lambda: BatchNorm2d(4, epsilon=1, rngs=rngs()), TypeError, "BatchNorm2d: .* epsilon is called eps here"),
+        (lambda: GroupNorm(2, num_features=4, rngs=rngs()), TypeError, "num_features is called num_channels here"),
+        (lambda: LayerNorm(4, use_scale=False, rngs=rngs()), TypeError, "use_scale is called elementwise_affine here"),
+        (lambda: Linear(4, 2, use_bias=False, rngs=rngs()), TypeError, "Linear: .* use_bias is called bias here"),
+        (lambda: ConvModule(4, 2, 3, act_cfg="ReLU", rngs=rngs()), TypeError, "act_cfg must be a dict, got 'ReLU'"),
+        (lambda: ConvModule(4, 2, 3, conv_cfg={}, rngs=rngs()), ValueError, "conv_cfg's type must be one of .* None"),
+        (lambda: ConvModule(4, 2, 3, norm_cfg=dict(type="LN"), rngs=rngs()), ValueError, "norm_cfg must be that of"),
+        (
+            lambda: ConvModule(4, 2, 3, conv_cfg=dict(type="DCN"), padding_mode="reflect", rngs=rngs()),
+            ValueError,
+            "ConvModule: only Conv2d has a padding_mode",
+        ),
+        (
+            lambda: ConvModule(4, 2, 3, norm_cfg=dict(type="GN", num_groups=1), rngs=rngs())(jnp.ones((5, 5, 4))),
+            ValueError,
+            "ConvModule: x has 3 dimensions, expected 4",
+        ),
         (
             lambda: GroupNorm(4, 6, rngs=rngs()),
             ValueError,

@@ -51,7 +51,7 @@ assert_type(mmcv.nn.Conv2d(3, 8, 3, padding=1, rngs=rngs)(x), jax.Array)
 assert_type(mmcv.nn.ConvModule(3, 8, 3, norm_cfg=dict(type="GN", num_groups=2), rngs=rngs)(x), jax.Array)
 assert_type(mmcv.nn.interpolate(x, scale_factor=(2, 1.5), mode="bilinear"), jax.Array)
 assert_type(mmcv.nn.adaptive_avg_pool2d(x, (None, 1)), jax.Array)
-assert_type(mmcv.compare(backbone, "a torch.nn.Module", x).first, mmcv.Row | None)
+assert_type(mmcv.compare(backbone, "a torch.nn.Module", x), mmcv.Comparison)
 
 points, weights = plot.sampling_coordinates(np.ones((18, 5, 5)), (2, 2), padding=["SAME"])
 assert_type(points.ndim, int)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-# By the names of Flax's layers, and of mmcv before 1.0.
-_OTHER_NAMES = {
-    "in_features": "in_channels",
-    "features": "out_channels",
-    "out_features": "out_channels",
-    "strides": "stride",
-    "kernel_dilation": "dilation",
-    "feature_group_count": "groups",
-    "deformable_groups": "deform_groups",
-    "use_bias": "bias",
-}
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 class MmcvArguments:
     """A class that answers the names that others have for its arguments. Python refuses all other names."""
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
-        for name in keywords:
-            if name in _OTHER_NAMES:
-                raise TypeError(f"{cls.__name__}: the argument {name} is called {_OTHER_NAMES[name]} here, as in mmcv")
-        return super().__new__(cls)
+    # By the names of Flax's layers, and of mmcv before 1.0.
+    _OTHER_NAMES: ClassVar[Mapping[str, str]] = {
+        "in_features": "in_channels",
+        "features": "out_channels",
+        "out_features": "out_channels",
+        "strides": "stride",
+        "kernel_dilation": "dilation",
+        "feature_group_count": "groups",
+        "deformable_groups": "deform_groups",
+        "use_bias": "bias",
+    }
+
+    if not TYPE_CHECKING:  # A checker would take the constructor's arguments from here.
+
+        def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+            for name in cls._OTHER_NAMES.keys() & keywords:
+                if name not in inspect.signature(cls.__init__).parameters:  # a derived class may have it
+                    ours = cls._OTHER_NAMES[name]
+                    raise TypeError(f"{cls.__name__}: the argument {name} is called {ours} here, as in torch and mmcv")
+            return super().__new__(cls)

@@ -18,8 +18,8 @@ from jax_dcn._checks import (
     PaddingLike,
     check_array,
     check_bool,
-    check_channels,
     check_data_format,
+    check_images,
     padded,
     to_array,
     to_count,
@@ -171,10 +171,8 @@ class Layer(MmcvArguments):
         """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
         name = self._name
         check_array(name, "x", x)
+        check_images(name, x.shape, self.data_format, self.in_channels, "in_channels")
         leading = x.shape[:-3]
-        if x.ndim < 3:
-            raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")
-        check_channels(name, x.shape, self.in_channels, self.data_format)
         others = {argument: to_array(name, argument, value) for argument, value in others.items()}
         for argument, value in others.items():
             if value.ndim != x.ndim:

@@ -18,7 +18,6 @@ from jax_dcn.mmcv.checkpoint import StateDict as StateDict
 from jax_dcn.mmcv.checkpoint import load_checkpoint as load_checkpoint
 from jax_dcn.mmcv.checkpoint import save_checkpoint as save_checkpoint
 from jax_dcn.mmcv.comparison import Comparison as Comparison
-from jax_dcn.mmcv.comparison import Row as Row
 from jax_dcn.mmcv.comparison import compare as compare
 from jax_dcn.mmcv.convert import StateDictError as StateDictError
 from jax_dcn.mmcv.convert import convert_state_dict as convert_state_dict

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,20 +69,23 @@ def load_checkpoint(
 
     Raises:
       ImportError: the format's package is missing.
-      TypeError: an entry that is not an array.
+      TypeError: another source, or an entry that is not an array.
       ValueError: another kind of file, one that cannot be read safely, no state dict in it, or no name with the prefix.
     """
     return read_checkpoint(source, prefix, (lambda name: False) if rules else (lambda name: True), progress)
 
 
 def read_checkpoint(
-    source: str | os.PathLike | Mapping[str, Any],
+    source: Any,
     prefix: str,
     keep: Callable[[str], bool],
     progress: Callable[[int], None] | None = None,
 ) -> StateDict:
     """`load_checkpoint`, where the rules leave the names below the prefix alone for which `keep` is true."""
     prefix = prefix and prefix.removesuffix(".") + "."
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        hint = ": give its state_dict()" if hasattr(source, "state_dict") else ""
+        raise TypeError(f"a state dict must be a path or a dict of arrays, got {type(source).__name__}{hint}")
     with contextlib.ExitStack() as files:
         entries = _unwrap(source if isinstance(source, Mapping) else _open(Path(source), files))
         # The rules may bring names below the prefix that do not start with it: module.backbone., and backbone.conv2_
@@ -108,9 +111,13 @@ def read_checkpoint(
 
     kept = below(prefix) or below(prefix.removeprefix("module."))  # which a rule may have taken off
     if prefix and not kept:
-        firsts = ", ".join(sorted({key.split(".")[0] + "." for key in entries}))
-        raise ValueError(f"no key starts with {prefix!r}; the keys start with {firsts}")
+        raise ValueError(no_key_starts_with(prefix, entries))
     return StateDict(kept, renamed)
+
+
+def no_key_starts_with(prefix: str, keys: Iterable[str]) -> str:
+    firsts = ", ".join(sorted({key.split(".")[0] + "." for key in keys}))
+    return f"no key starts with {prefix!r}; the keys start with {firsts}"
 
 
 def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> None:

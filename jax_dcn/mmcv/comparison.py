@@ -7,9 +7,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ import numpy as np
 from jax_dcn._checks import check_data_format
 from jax_dcn.mmcv.checkpoint import to_numpy
 from jax_dcn.mmcv.convert import to_state_dict
-from jax_dcn.mmcv.tree import is_a, nnx_nodes
+from jax_dcn.mmcv.tree import is_a, is_counter, nnx_nodes
+
+Arrays = dict[str, Any]  # by their place in what was returned
 
 _LISTED = 10  # names of one kind that the text lists
 
@@ -28,7 +30,8 @@ class Row:
     """An array of both.
 
     Attributes:
-      name: of the submodule that returned it, or of the parameter; empty for the whole module.
+      name: of the submodule that returned it, or of the parameter, and its place among several, such as "[0]"; without
+        a submodule's name for what the whole module returned.
       shape: torch's.
       error: the largest difference, relative to torch's largest absolute value, for a gradient at least a hundredth of
         that of all gradients, since many are zero but for rounding (of a bias before a normalization, say). NaN where
@@ -50,7 +53,7 @@ class Comparison:
       outputs: what the submodules returned, in the order in which torch's were done.
       gradients: those of torch's parameters.
       weights: the names of parameters and statistics whose values differ, which one of them has and the other has not
-        among them.
+        among them; in training also those that differ only afterwards.
       unmatched: the submodules called in torch that have none of their name here, such as activations.
       tolerance: of the relative error, above which something differs.
     """
@@ -67,7 +70,7 @@ class Comparison:
 
     @property
     def first(self) -> Row | None:
-        """The first output that differs: the submodule that is to be looked at."""
+        """The first output that differs: its submodule is to be looked at."""
         return next(filter(self.differs, self.outputs), None)
 
     @property
@@ -76,17 +79,18 @@ class Comparison:
         return not self.weights and not any(map(self.differs, self.outputs + self.gradients))
 
     def __str__(self) -> str:
-        names = [row.name for row in self.outputs + self.gradients]
-        width = max(map(len, ["(the whole)", *names]))
-        wide = max(len(str(row.shape)) for row in self.outputs + self.gradients)
+        rows = self.outputs + self.gradients
+        width = max((len(_printed(row)) for row in rows), default=0)
+        wide = max((len(str(row.shape)) for row in rows), default=0)
         lines = []
         for title, rows in (("outputs, in order of execution", self.outputs), ("gradients", self.gradients)):
             lines.append(f"{title}: relative error")
             for row in rows:
                 mark = "*" if self.differs(row) else " "
-                error = f"{row.error:.1e}" if row.note == "" else row.note
                 first = ", the first that differs" if row is self.first else ""
-                lines.append(f"{mark} {row.name or '(the whole)':{width}}  {row.shape!s:{wide}}  {error}{first}")
+                lines.append(
+                    f"{mark} {_printed(row):{width}}  {row.shape!s:{wide}}  {row.note or f'{row.error:.1e}'}{first}"
+                )
         for title, listed in (
             ("weights that differ, or that only one of them has", self.weights),
             ("submodules of torch that have none of their name here", self.unmatched),
@@ -96,6 +100,10 @@ class Comparison:
                 lines.append(f"{title} ({len(listed)}): {', '.join(listed[:_LISTED])}{more}")
         lines.append("nothing differs" if self.agrees else f"*: the error is above {self.tolerance:.0e}, or unknown")
         return "\n".join(lines)
+
+
+def _printed(row: Row) -> str:
+    return f"(the whole){row.name}" if row.name == "" or row.name.startswith("[") else row.name
 
 
 def compare(
@@ -108,16 +116,17 @@ def compare(
 ) -> Comparison:
     """Runs a port and its original on the same input, and compares what every submodule of the same name returns.
 
-        print(compare(model, torch_model, np.random.default_rng(0).normal(size=(1, 3, 65, 97)).astype("float32")))
+        print(compare(model, torch_model, np.random.default_rng(0).normal(size=(1, 3, 65, 97))))
 
     Both are copied, so neither is changed, and run operation by operation. A submodule that is called several times is
-    compared call by call. Then comes the gradient of the sum of all outputs with random weights, the same in both.
+    compared call by call. Then comes the gradient of the sum of all outputs with random weights, the same in both, with
+    respect to the parameters. If the port raises an error, that says how far both agreed.
 
     Args:
       module: an nnx module.
       torch_module: the original, with the same weights: what differs in them is listed.
       *inputs: what both take, in torch's layout: arrays of numpy, JAX or torch, lists, tuples or dicts of them, or
-        anything else as it is.
+        anything else as it is. Floating-point ones take the dtype of torch's parameters.
       data_format: that of the module's inputs with four axes (default that of its attribute `data_format`, or "NHWC").
         The layout of what submodules return is settled by its shape; where both fit, by which is closer.
       training: whether both are compared in training (default False). A dropout then makes both random.
@@ -142,109 +151,110 @@ def compare(
     module, torch_module = nnx.clone(module), copy.deepcopy(torch_module).train(training)
     (module.train if training else module.eval)()
     weights = _weights_that_differ(module, torch_module, tolerance)
+    floating = next((p for p in torch_module.parameters() if p.is_floating_point()), torch.zeros(()))
 
-    def to_jax(array: np.ndarray) -> jax.Array:
+    def to_torch(array: Any) -> Any:
+        tensor = array.detach().clone() if isinstance(array, torch.Tensor) else torch.tensor(np.asarray(array))
+        return tensor.to(floating.device, floating.dtype if tensor.is_floating_point() else None)
+
+    def to_jax(array: Any) -> jax.Array:
+        array = _numpy(to_torch(array))
         return jnp.asarray(_channels_last(array) if array.ndim == 4 and data_format == "NHWC" else array)
 
-    device = next((parameter.device for parameter in torch_module.parameters()), None)
-    y, torch_calls = _run_torch(torch_module, _mapped(lambda a: torch.tensor(a, device=device), inputs))
-    ours, calls = _run_nnx(module, _mapped(to_jax, inputs), torch_calls)
+    expected, torch_calls = _run_torch(torch_module, [_mapped(to_torch, value) for value in inputs])
+    if not expected:
+        raise TypeError("compare: torch_module must return arrays, in lists, tuples or dicts if there are several")
+    ours = [_mapped(to_jax, value) for value in inputs]
+    # A ModuleList has no forward.
+    callables = {n for n, m in torch_module.named_modules() if type(m).forward is not torch.nn.Module.forward}
+    calls = _calls_of(module, callables)
+    try:
+        with _recorded(module, calls):
+            actual = _arrays(module(*ours))
+    except Exception as error:
+        rows, _ = _output_rows([(name, arrays) for name, arrays in torch_calls if calls.get(name)], calls)
+        so_far = Comparison(tuple(rows), (), (), (), tolerance)
+        error.add_note(f"compare: this is the port's. What it had done before:\n{so_far}")
+        raise
+    outputs, unmatched = _output_rows(torch_calls, calls)
+    if training:
+        weights = tuple(dict.fromkeys([*weights, *_weights_that_differ(module, torch_module, tolerance)]))
 
-    outputs: list[Row] = []
-    unmatched: list[str] = []
-    counts = collections.Counter(name for name, _ in torch_calls)
-    done: collections.Counter[str] = collections.Counter()
-    for name, arrays in torch_calls:
-        call, of_ours = done[name], calls.get(name, [])
-        done[name] += 1
-        if not of_ours:
-            unmatched.append(name)
-            continue
-        label = f"{name} (call {call + 1})" if counts[name] > 1 else name
-        outputs += _rows(label, arrays, of_ours[call] if call < len(of_ours) else None)
-
-    rng = np.random.default_rng(0)
-    cotangents = [rng.normal(size=array.shape) for array in map(_numpy, y)]
     gradients: list[Row] = []
-    if len(ours) == len(y) and all(_layouts(a, c.shape) for a, c in zip(ours, cotangents, strict=True)):
-        torch_grads = _torch_gradients(torch_module, y, cotangents)
+    if actual.keys() == expected.keys() and all(_layouts(actual[key], a.shape) for key, a in expected.items()):
+        rng = np.random.default_rng(0)
+        factors = {key: rng.normal(size=array.shape) for key, array in expected.items()}
+        torch_grads = _torch_gradients(torch_module, expected, factors)
         # In the layout in which the outputs were closer.
-        moved = [_closer(a, _numpy(t))[1] for a, t in zip(map(np.asarray, ours), y, strict=True)]
-        weighted = [_channels_last(c) if move else c for c, move in zip(cotangents, moved, strict=True)]
+        moved = {key: _closer(np.asarray(actual[key]), _numpy(array))[1] for key, array in expected.items()}
 
         def loss(module: Any) -> jax.Array:
-            arrays = _arrays(module(*_mapped(to_jax, inputs)))
-            return sum((jnp.sum(a * c.astype(a.dtype)) for a, c in zip(arrays, weighted, strict=True)), jnp.zeros(()))
+            arrays = _arrays(module(*ours))
+            weighted = {key: _channels_last(factors[key]) if moved[key] else factors[key] for key in arrays}
+            return sum((jnp.sum(a * weighted[key].astype(a.dtype)) for key, a in arrays.items()), jnp.zeros(()))
 
         grads = to_state_dict(nnx.grad(loss)(nnx.clone(module)), names=torch_grads, like=module)
         floor = 0.01 * max((float(np.abs(grad).max(initial=0)) for grad in torch_grads.values()), default=0)
-        for name, expected in torch_grads.items():
-            gradients += _rows(name, [expected], [grads[name]] if name in grads else None, floor)
-    return Comparison(tuple(outputs), tuple(gradients), weights, tuple(dict.fromkeys(unmatched)), tolerance)
+        for name, grad in torch_grads.items():
+            gradients += _rows(name, {"": grad}, {"": grads[name]} if name in grads else {}, floor)
+    return Comparison(tuple(outputs), tuple(gradients), weights, tuple(unmatched), tolerance)
 
 
-def _run_torch(module: Any, inputs: Sequence[Any]) -> tuple[list[Any], list[tuple[str, list[np.ndarray]]]]:
+def _run_torch(module: Any, inputs: Sequence[Any]) -> tuple[Arrays, list[tuple[str, Arrays]]]:
     """The outputs, and what every call of a submodule returned, by its name, in order."""
+    import torch
+
     calls = []
 
     def record(name: str, result: Any) -> None:
         # Copies: an activation may work in place.
-        calls.append((name, [_numpy(array) for array in _arrays(result)]))
+        calls.append((name, {key: _numpy(array) for key, array in _arrays(result).items()}))
 
-    handles = [
+    for name, child in module.named_modules():
         child.register_forward_hook(lambda _, inputs, result, name=name: record(name, result))
-        for name, child in module.named_modules()
-    ]
-    y = _arrays(module(*inputs))
-    for handle in handles:
-        handle.remove()
-    return y, calls
+    with torch.enable_grad():
+        return _arrays(module(*inputs)), calls
 
 
-def _torch_gradients(module: Any, y: Sequence[Any], cotangents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def _torch_gradients(module: Any, outputs: Arrays, factors: Arrays) -> dict[str, np.ndarray]:
     import torch
 
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not trained or not any(array.requires_grad for array in y):
-        return {}
-    loss = sum((array * torch.tensor(c).to(array)).sum() for array, c in zip(y, cotangents, strict=True))
-    grads = torch.autograd.grad(loss, trained.values(), allow_unused=True)
+    with torch.enable_grad():
+        terms = [(a * torch.tensor(factors[key]).to(a)).sum() for key, a in outputs.items() if a.requires_grad]
+        if not trained or not terms:
+            return {}
+        grads = torch.autograd.grad(sum(terms), trained.values(), allow_unused=True)
     return {
         name: np.zeros(parameter.shape, np.float32) if grad is None else _numpy(grad)
         for (name, parameter), grad in zip(trained.items(), grads, strict=True)
     }
 
 
-def _run_nnx(
-    module: Any, inputs: Sequence[Any], torch_calls: Sequence[tuple[str, Any]]
-) -> tuple[list[Any], dict[str, list[Any]]]:
-    """The outputs, and what every call of a submodule returned, by its name in torch."""
-    wanted = {name for name, _ in torch_calls}
-    names, classes = {}, set()
-    for _, node, aliases in nnx_nodes(module):
-        if is_a("nnx", "Module", node):
-            classes.add(type(node))
-            # What is in several places has one name in torch.
-            known = wanted.intersection(".".join(map(str, alias)) for alias in aliases)
-            names[id(node)] = next(iter(known), None)
-    calls: dict[str, list[Any]] = {}
+def _calls_of(module: Any, wanted: Set[str]) -> dict[str, list[Arrays]]:
+    """Room for what the calls of the submodules return, by those names in torch that can be called here."""
+    return {
+        name: []
+        for _, node, aliases in nnx_nodes(module)
+        if is_a("nnx", "Module", node) and callable(node)
+        for name in _name_in_torch(aliases, wanted)
+    }
 
-    def record(node: Any, result: Any) -> None:
-        if (name := names.get(id(node))) is not None:
-            calls.setdefault(name, []).append(_arrays(result))
 
-    with _watched(classes, record):
-        y = _arrays(module(*inputs))
-    return y, calls
+def _name_in_torch(aliases: Sequence[tuple[Any, ...]], wanted: Set[str]) -> list[str]:
+    """What is in several places has one name in torch."""
+    return [name for name in (".".join(map(str, alias)) for alias in aliases) if name in wanted][:1]
 
 
 @contextlib.contextmanager
-def _watched(classes: set[type], record: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Tells `record` of every call of an object of the classes, and its result."""
+def _recorded(module: Any, calls: dict[str, list[Arrays]]) -> Iterator[None]:
+    """Puts what every call of a submodule returns to the others of its name."""
+    nodes = [(node, aliases) for _, node, aliases in nnx_nodes(module) if is_a("nnx", "Module", node)]
+    names = {id(node): name for node, aliases in nodes for name in _name_in_torch(aliases, calls.keys())}
     # How many calls of an object are under way: its class calls that of a base.
     inside: collections.Counter[int] = collections.Counter()
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def wrapper(self: Any, *arguments: Any, **keywords: Any) -> Any:
             inside[id(self)] += 1
@@ -252,48 +262,76 @@ def _watched(classes: set[type], record: Callable[[Any, Any], None]) -> Iterator
                 result = call(self, *arguments, **keywords)
             finally:
                 inside[id(self)] -= 1
-            if not inside[id(self)]:
-                record(self, result)
+            if not inside[id(self)] and id(self) in names:
+                calls[names[id(self)]].append(_arrays(result))
             return result
 
         return wrapper
 
-    with contextlib.ExitStack() as patches:
-        for cls in {base for derived in classes for base in derived.__mro__ if "__call__" in vars(base)}:
-            patches.enter_context(mock.patch.object(cls, "__call__", watched(cls.__call__)))
+    own: dict[Any, Callable[..., Any]] = {
+        base: vars(base)["__call__"] for node, _ in nodes for base in type(node).__mro__ if "__call__" in vars(base)
+    }
+    try:
+        for cls, call in own.items():
+            cls.__call__ = recorded(call)
         yield
+    finally:
+        for cls, call in own.items():
+            cls.__call__ = call
 
 
 def _weights_that_differ(module: Any, torch_module: Any, tolerance: float) -> tuple[str, ...]:
     expected = {name: _numpy(array) for name, array in torch_module.state_dict().items()}
     actual = to_state_dict(module, names=expected)
-    either = {name for name in [*expected, *actual] if not name.endswith("num_batches_tracked")}
-    return tuple(
-        name
-        for name in dict.fromkeys([*expected, *actual])
-        if name in either
-        and not (
-            name in expected
-            and name in actual
-            and expected[name].shape == actual[name].shape
-            and _error(actual[name], expected[name]) <= tolerance
-        )
-    )
+
+    def same(name: str) -> bool:
+        if name not in expected or name not in actual or expected[name].shape != actual[name].shape:
+            return is_counter(name)
+        return _error(actual[name], expected[name]) <= tolerance
+
+    return tuple(name for name in dict.fromkeys([*expected, *actual]) if not same(name))
 
 
-def _rows(name: str, expected: Sequence[np.ndarray], actual: Sequence[Any] | None, floor: float = 0) -> Iterator[Row]:
-    for index, array in enumerate(expected):
-        label = f"{name}[{index}]" if len(expected) > 1 else name
-        if actual is None:
-            yield Row(label, array.shape, float("nan"), "nothing here")
-        elif len(actual) != len(expected):
-            yield Row(label, array.shape, float("nan"), f"{len(actual)} arrays here, {len(expected)} in torch")
-        elif isinstance(actual[index], jax.core.Tracer):
-            yield Row(label, array.shape, float("nan"), "not seen, inside of a transformation")
-        elif not _layouts(actual[index], array.shape):
-            yield Row(label, array.shape, float("nan"), f"shape {tuple(actual[index].shape)} here")
+def _output_rows(
+    torch_calls: Sequence[tuple[str, Arrays]], calls: Mapping[str, Sequence[Arrays]]
+) -> tuple[list[Row], list[str]]:
+    """The rows, call by call, and the names that are not among those of the port."""
+    rows: list[Row] = []
+    unmatched: dict[str, None] = {}
+    counts = collections.Counter(name for name, _ in torch_calls)
+    done: collections.Counter[str] = collections.Counter()
+    for name, arrays in torch_calls:
+        done[name] += 1
+        if name not in calls:
+            unmatched[name] = None
+            continue
+        label = f"{name} (call {done[name]})" if counts[name] > 1 else name
+        if done[name] <= len(calls[name]):
+            rows += _rows(label, arrays, calls[name][done[name] - 1])
         else:
-            yield Row(label, array.shape, _closer(np.asarray(actual[index]), array, floor)[0])
+            shape = next((array.shape for array in arrays.values()), ())
+            rows.append(Row(label, shape, math.nan, "not called here, or inside of a transformation"))
+        if done[name] == counts[name] and len(calls[name]) > counts[name]:
+            rows.append(Row(label, (), math.nan, f"called {len(calls[name])} times here, {counts[name]} in torch"))
+    rows += [Row(name, (), math.nan, "not called in torch") for name in calls if calls[name] and not counts[name]]
+    return rows, list(unmatched)
+
+
+def _rows(name: str, expected: Arrays, actual: Arrays, floor: float = 0) -> Iterator[Row]:
+    for key in dict.fromkeys([*expected, *actual]):
+        array, of_ours = expected.get(key), actual.get(key)
+        shape, error, note = tuple({**actual, **expected}[key].shape), math.nan, ""
+        if array is None:
+            note = "nothing in torch"
+        elif of_ours is None:
+            note = "nothing here"
+        elif isinstance(of_ours, jax.core.Tracer):
+            note = "not seen, inside of a transformation"
+        elif not _layouts(of_ours, array.shape):
+            note = f"shape {tuple(of_ours.shape)} here"
+        else:
+            error, _ = _closer(np.asarray(of_ours), array, floor)
+        yield Row(name + key, shape, error, note)
 
 
 def _layouts(array: Any, shape: tuple[int, ...]) -> list[bool]:
@@ -311,30 +349,43 @@ def _closer(actual: np.ndarray, expected: np.ndarray, floor: float = 0) -> tuple
 
 
 def _error(actual: np.ndarray, expected: np.ndarray, floor: float = 0) -> float:
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.where(finite, 0, expected), np.where(np.isfinite(actual), 0, actual), equal_nan=True):
+        return math.inf
+    actual, expected = actual[finite], expected[finite]
     if expected.size == 0:
         return 0.0
-    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
-        return 0.0 if np.array_equal(actual, expected, equal_nan=True) else float("inf")
     return float(np.abs(actual - expected).max() / (max(np.abs(expected).max(), floor) or 1.0))
 
 
-def _arrays(value: Any) -> list[Any]:
-    """The arrays in nested lists, tuples and dicts, in order."""
-    if isinstance(value, Mapping):
-        return [array for entry in value.values() for array in _arrays(entry)]
-    if isinstance(value, (tuple, list)):
-        return [array for entry in value for array in _arrays(entry)]
-    return [value] if hasattr(value, "shape") and hasattr(value, "dtype") else []
+def _arrays(value: Any) -> Arrays:
+    """The arrays in nested lists, tuples and dicts by their place, such as "[0]"; a single one by ""."""
+    arrays = dict(_located(value, ""))
+    return dict(zip([""], arrays.values(), strict=True)) if len(arrays) == 1 else arrays
 
 
-def _mapped(function: Callable[[np.ndarray], Any], value: Any) -> Any:
+def _located(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (Mapping, tuple, list)):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, entry in entries:
+            yield from _located(entry, f"{place}[{key}]")
+    elif _is_array(value):
+        yield place, value
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """Nested lists, tuples and dicts with their arrays replaced."""
     if isinstance(value, Mapping):
         return {key: _mapped(function, entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(function, entry) for entry in value)
-    return function(_numpy(value)) if hasattr(value, "shape") and hasattr(value, "dtype") else value
+        entries = [_mapped(function, entry) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    return function(value) if _is_array(value) else value
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _numpy(array: Any) -> np.ndarray:

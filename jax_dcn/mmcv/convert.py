@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint, read_checkpoint
+from jax_dcn.mmcv.checkpoint import StateDict, load_checkpoint, no_key_starts_with, read_checkpoint
 from jax_dcn.mmcv.tree import (
+    COUNTER,
     Entry,
     entries_of,
     entries_of_state,
     is_a,
+    is_counter,
     joined_name,
     named,
     plain_arrays,
@@ -29,10 +31,6 @@ from jax_dcn.mmcv.tree import (
 )
 
 _LOG = logging.getLogger("jax_dcn.mmcv")
-
-# mmcv and torch count batches here for a momentum that they do not use, load checkpoints without it, and old
-# checkpoints have none.
-_COUNTER = "num_batches_tracked"
 
 _LISTED = 20  # names of one kind that an error lists
 
@@ -146,7 +144,7 @@ def to_state_dict(
         if isinstance(entry.array, jax.ShapeDtypeStruct):
             raise TypeError(f"to_state_dict: source must not be abstract, got only the shape of {entry.key}")
         array = to_torch(entry.leaf, np.asarray(entry.array))
-        if entry.leaf == _COUNTER:
+        if entry.leaf == COUNTER:
             array = array.astype(np.int64)  # which JAX only has with jax_enable_x64
         state_dict[prefix + entry.key] = array
     return state_dict
@@ -224,7 +222,12 @@ def load_parts(
       TypeError: a part that is not an nnx module, and as in `load_into`.
       ValueError: as in `load_checkpoint`.
     """
-    parts = {prefix and prefix.removesuffix(".") + ".": module for prefix, module in parts.items()}
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"load_parts: parts must be a dict of modules by prefix, got {type(parts).__name__}")
+    names = [prefix and prefix.removesuffix(".") + "." for prefix in parts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"load_parts: two parts have one prefix, got {', '.join(map(repr, parts))}")
+    parts = dict(zip(names, parts.values(), strict=True))
     entries: list[Entry] = []
     plain: set[str] = set()
     for prefix, module in parts.items():
@@ -237,15 +240,14 @@ def load_parts(
     if not isinstance(state_dict, StateDict):
         own = {name for entry in entries for name in (entry.key, entry.flax_key)}
         state_dict = read_checkpoint(state_dict, "", keep=own.__contains__)
+    for prefix in parts:
+        if not any(key.startswith(prefix) for key in state_dict):
+            raise ValueError(no_key_starts_with(prefix, state_dict))
     below = {key: array for key, array in state_dict.items() if key.startswith(tuple(parts))}
     entries = list(named(entries, below, joined=False))
     _fill(entries, below, plain, strict)
     taken = {entry.key for entry in entries}
-    return [key for key in state_dict if key not in taken and not (key in below and _is_counter(key))]
-
-
-def _is_counter(key: str) -> bool:
-    return key.split(".")[-1] == _COUNTER
+    return [key for key in state_dict if key not in taken and not (key in below and is_counter(key))]
 
 
 def _fill(
@@ -257,8 +259,8 @@ def _fill(
     """
     keys = {entry.key for entry in entries}
     given = {entry.path for entry in entries if entry.key in arrays}
-    missing = [entry.key for entry in entries if entry.path not in given and entry.leaf != _COUNTER]
-    unexpected = [key for key in arrays if key not in keys and not _is_counter(key)]
+    missing = [entry.key for entry in entries if entry.path not in given and entry.leaf != COUNTER]
+    unexpected = [key for key in arrays if key not in keys and not is_counter(key)]
     misshaped = {
         entry.key: (arrays[entry.key].shape, expected)
         for entry in entries
@@ -286,10 +288,10 @@ def _fill(
     loaded = {}
     for entry in entries:
         array = arrays.get(entry.key)
-        if entry.leaf == _COUNTER and array is not None and jnp.issubdtype(entry.array.dtype, jnp.integer):
+        if entry.leaf == COUNTER and array is not None and jnp.issubdtype(entry.array.dtype, jnp.integer):
             # JAX counts in 32 bits by default. A count this high, or a wrong one, changes no number.
             array = np.minimum(array.astype(np.int64), np.iinfo(entry.array.dtype).max)
-        if entry.leaf == _COUNTER and entry.path not in given and entry.key in abstract:
+        if entry.leaf == COUNTER and entry.path not in given and entry.key in abstract:
             array = np.zeros((), np.int64)
         if array is not None:
             array = to_flax(entry.leaf, array).astype(entry.array.dtype)

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+COUNTER = "num_batches_tracked"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -72,7 +74,8 @@ def entries_of_state(state: Mapping[Any, Any], module: Any) -> Iterator[Entry]:
         tuple(map(str, path)): leaf.get_value() if is_a("nnx", "Variable", leaf) else leaf
         for path, leaf in _flat(state)
     }
-    known = {tuple(map(str, path)) for path, *_ in nnx_nodes(module)}
+    nodes = {tuple(map(str, path)): node for path, node, _ in nnx_nodes(module)}
+    known = {path for path, node in nodes.items() if is_a("nnx", "Variable", node) or _is_array(node)}
     if unknown := [".".join(path) for path in arrays if path not in known]:
         raise ValueError(f"the state has {', '.join(unknown)}, which {type(module).__name__} has not")
     for entry in entries_of(module):
@@ -87,7 +90,7 @@ def entries_of_state(state: Mapping[Any, Any], module: Any) -> Iterator[Entry]:
 
 def plain_arrays(module: Any) -> set[str]:
     """The names of an nnx module's arrays that are no variables."""
-    arrays = (names for _, node, names in nnx_nodes(module) if isinstance(node, (jax.Array, np.ndarray)))
+    arrays = (names for _, node, names in nnx_nodes(module) if _is_array(node))
     return {".".join(map(str, name)) for names in arrays for name in names}
 
 
@@ -185,6 +188,19 @@ def to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
 def torch_shape(entry: Entry) -> tuple[int, ...]:
     shape = tuple(entry.array.shape)
     return (shape[-1], shape[-2], *shape[:-2]) if entry.leaf == "kernel" and len(shape) > 1 else shape
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def is_counter(key: str) -> bool:
+    """Whether it is the name of BatchNorm's counter.
+
+    mmcv and torch count batches for a momentum that they do not use, load checkpoints without it, and old checkpoints
+    have none.
+    """
+    return key.split(".")[-1] == COUNTER
 
 
 def is_a(api: str, name: str, value: Any) -> bool:

@@ -2,9 +2,9 @@
 
 They have their originals' names, arguments, defaults and initial values, and their names in a state dict, so that
 `jax_dcn.mmcv.load_into` fills them. What concerns images takes them with the channels last, as Flax does, unless told
-data_format="NCHW"; everything else has its channels on the last axis, as in torch. Besides, parts with parameters take
+data_format="NCHW"; everything else has its channels on the last axis, as in torch. Besides, layers with parameters take
 `rngs`, `dtype` (of the computation, default that to which x and parameters promote) and `param_dtype` (default
-float32) as Flax's do, and where they have one, `kernel_init` and `bias_init`, by default torch's distributions.
+float32) as Flax's do, and convolutions `kernel_init` and `bias_init`.
 """
 
 try:

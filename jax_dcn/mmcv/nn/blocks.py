@@ -13,7 +13,7 @@ from flax import nnx
 from jax_dcn._checks import PaddingLike, check_bool, check_data_format
 from jax_dcn._layers.arguments import MmcvArguments
 from jax_dcn.mmcv.nn.linear import Conv2d, ConvTranspose2d
-from jax_dcn.mmcv.nn.normalization import BatchNorm2d, GroupNorm
+from jax_dcn.mmcv.nn.normalization import BatchNorm2d, GroupNorm, LayerNorm
 from jax_dcn.mmcv.nn.parameters import freeze_parameters, kaiming_init
 from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
 
@@ -29,7 +29,11 @@ _CONVS = {
     "DCNv2": ModulatedDeformConv2dPack,
 }
 
-_NORMS = {"BN": BatchNorm2d, "BN2d": BatchNorm2d, "SyncBN": BatchNorm2d, "GN": GroupNorm}
+_NORMS = {
+    **dict.fromkeys(("BN", "BN2d", "SyncBN"), ("bn", BatchNorm2d)),
+    "GN": ("gn", GroupNorm),
+    "LN": ("ln", LayerNorm),
+}
 
 
 def _hsigmoid(x: jax.Array, *, bias: float, divisor: float, min_value: float, max_value: float) -> jax.Array:
@@ -64,41 +68,40 @@ def build_conv_layer(cfg: Config | None, *arguments: Any, **options: Any) -> nnx
     Raises:
       ValueError: another type.
     """
-    cls, more = _of_type("conv_cfg", _CONVS, cfg or {"type": "Conv2d"})
+    cls, more = _of_type("conv_cfg", _CONVS, {"type": "Conv2d"} if cfg is None else cfg)
     if cls in (DeformConv2dPack, ModulatedDeformConv2dPack):
         options = {"data_format": "NHWC", **options}
     return cls(*arguments, **options, **more)
 
 
-def build_norm_layer(cfg: Config, num_features: int, **options: Any) -> tuple[str, nnx.Module]:
+def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "", **options: Any) -> tuple[str, nnx.Module]:
     """mmcv's build_norm_layer.
 
     Args:
-      cfg: dict(type=...): "BN", "BN2d" or "SyncBN", or "GN" with num_groups. Further entries are eps, momentum, affine
-        and requires_grad, which if False makes `FrozenParam`s of scale and bias.
+      cfg: dict(type=...): "BN", "BN2d" or "SyncBN", "GN" with num_groups, or "LN", which normalizes the last axis.
+        Further entries are the layer's arguments, such as eps, and requires_grad, which if False makes `FrozenParam`s
+        of scale and bias.
       num_features: channels.
-      **options: those of the layer: data_format, dtype, param_dtype, rngs.
+      postfix: what the name ends in.
+      **options: those of the layer: data_format (but for "LN"), dtype, param_dtype, rngs.
 
     Returns:
-      mmcv's name for it, "bn" or "gn", and the layer.
+      mmcv's name for it, "bn", "gn" or "ln" and the postfix, and the layer.
 
     Raises:
       ValueError: another type, or "GN" without num_groups.
     """
-    cls, more = _of_type(
-        "norm_cfg", {"BN": BatchNorm2d, "BN2d": BatchNorm2d, "SyncBN": BatchNorm2d, "GN": GroupNorm}, cfg
-    )
+    (name, cls), more = _of_type("norm_cfg", _NORMS, cfg)
     trains = more.pop("requires_grad", True)
     if cls is GroupNorm:
         if "num_groups" not in more:
             raise ValueError(f"norm_cfg must have num_groups for GN, got {dict(cfg)}")
-        more["num_channels"] = num_features
+        layer = cls(num_channels=num_features, **more, **options)
     else:
-        more["num_features"] = num_features
-    layer = cls(**more, **options)
+        layer = cls(num_features, **more, **options)
     if not trains:
         freeze_parameters(layer)
-    return "gn" if cls is GroupNorm else "bn", layer
+    return f"{name}{postfix}", layer
 
 
 def build_activation_layer(cfg: Config) -> Callable[[jax.Array], jax.Array]:
@@ -187,14 +190,18 @@ class ConvModule(MmcvArguments, nnx.Module):
             bias = norm_cfg is None
         check_bool(name, "bias", bias)
         check_data_format(name, data_format)
-        self.order = tuple(order)
+        self.order, self.data_format = tuple(order), data_format
         options = dict(data_format=data_format, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         conv_options: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias)
+        self.activate = None if act_cfg is None else build_activation_layer(act_cfg)
+        conv_cls, _ = _of_type("conv_cfg", _CONVS, {"type": "Conv2d"} if conv_cfg is None else conv_cfg)
         if padding_mode != "zeros":
+            if conv_cls is not Conv2d:
+                raise ValueError(f"{name}: only Conv2d has a padding_mode, got {padding_mode!r} with {conv_cfg}")
             conv_options["padding_mode"] = padding_mode
-        if kernel_init is None and (conv_cfg or {}).get("type") != "DCNv2":
-            slope = 0 if act_cfg is None or act_cfg.get("type") != "LeakyReLU" else act_cfg.get("negative_slope", 0.01)
-            kernel_init = kaiming_init(slope)
+        if kernel_init is None and conv_cls is not ModulatedDeformConv2dPack:
+            leaky = act_cfg is not None and act_cfg["type"] == "LeakyReLU"
+            kernel_init = kaiming_init(act_cfg.get("negative_slope", 0.01) if act_cfg and leaky else 0)
         self.conv = build_conv_layer(
             conv_cfg,
             *(in_channels, out_channels, kernel_size),
@@ -205,18 +212,38 @@ class ConvModule(MmcvArguments, nnx.Module):
         )
         self.norm_name = None
         if norm_cfg is not None:
+            norm_cls = _of_type("norm_cfg", _NORMS, norm_cfg)[0][1]
+            if norm_cls is LayerNorm:
+                raise ValueError(f"{name}: norm_cfg must be that of BN, SyncBN or GN, got {dict(norm_cfg)}")
             channels = out_channels if order.index("norm") > order.index("conv") else in_channels
             self.norm_name, norm = build_norm_layer(norm_cfg, channels, **options)
             setattr(self, self.norm_name, norm)
-        self.activate = None if act_cfg is None else build_activation_layer(act_cfg)
+
+    @property
+    def norm(self) -> nnx.Module | None:
+        """The normalization, whatever its name, or None."""
+        return getattr(self, self.norm_name) if self.norm_name else None
+
+    @property
+    def with_norm(self) -> bool:
+        return self.norm_name is not None
+
+    @property
+    def with_activation(self) -> bool:
+        return self.activate is not None
 
     def __call__(self, x: jax.Array, activate: bool = True, norm: bool = True) -> jax.Array:
-        """Applies the layers in order, without the activation or the normalization if told so."""
+        """Applies the layers in order, without the activation or the normalization if told so.
+
+        x has any number of batch axes, but with a GroupNorm one.
+        """
+        if isinstance(self.norm, GroupNorm) and x.ndim != 4:
+            raise ValueError(f"{type(self).__name__}: x has {x.ndim} dimensions, expected 4, in shape {x.shape}")
         for layer in self.order:
             if layer == "conv":
                 x = self.conv(x)
-            elif layer == "norm" and norm and self.norm_name:
-                x = getattr(self, self.norm_name)(x)
+            elif layer == "norm" and norm and self.norm is not None:
+                x = self.norm(x)
             elif layer == "act" and activate and self.activate is not None:
                 x = self.activate(x)
         return x
@@ -228,9 +255,10 @@ class Scale(nnx.Module):
     Args:
       scale: its first value (default 1).
       param_dtype: its dtype (default float32).
+      rngs: accepted as everywhere, and not needed.
     """
 
-    def __init__(self, scale: float = 1.0, *, param_dtype: Any = jnp.float32):
+    def __init__(self, scale: float = 1.0, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         self.scale = nnx.Param(jnp.asarray(scale, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:

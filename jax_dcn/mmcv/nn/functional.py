@@ -72,7 +72,8 @@ def _resized(
     x: jax.Array, axis: int, target: int, step: float, mode: str, align_corners: bool, dtype: np.dtype[Any]
 ) -> jax.Array:
     source = x.shape[axis]
-    if source == target:  # with a scale_factor close to 1 too, as in torch
+    if source == target:
+        # torch does so too, but not everywhere with a scale_factor that is not quite 1.
         return x
     # In x's dtype, as torch computes them: a neighbour may hang on the rounding.
     index, one_step = np.arange(target, dtype=dtype), dtype.type(step)
@@ -81,7 +82,7 @@ def _resized(
         if target % source == 0 and np.array_equal(neighbours, np.arange(target) // (target // source)):
             # A broadcast, whose gradient is a sum, and takes a fifth of the time of a gather's, a scatter.
             return jnp.repeat(x, target // source, axis=axis)
-        return jnp.take(x, neighbours, axis=axis)
+        return jnp.take(x, neighbours, axis=axis, mode="clip")
     if align_corners:
         position = index * dtype.type((source - 1) / (target - 1) if target > 1 else 0)
     else:
@@ -90,8 +91,8 @@ def _resized(
     first = np.minimum(position.astype(int), source - 1)
     weight = np.clip(position - first.astype(dtype), 0, 1)
     weight = np.expand_dims(weight, tuple(i for i in range(x.ndim) if i != axis % x.ndim))
-    last = jnp.take(x, np.minimum(first + 1, source - 1), axis=axis)
-    return jnp.take(x, first, axis=axis) * (1 - weight) + last * weight
+    last = jnp.take(x, np.minimum(first + 1, source - 1), axis=axis, mode="clip")
+    return jnp.take(x, first, axis=axis, mode="clip") * (1 - weight) + last * weight
 
 
 def max_pool2d(
@@ -123,7 +124,8 @@ def max_pool2d(
     pads = to_pair(name, "padding", padding, 0)
     if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
         raise ValueError(f"{name}: padding {pads} must be at most half of kernel_size {kernel}")
-    for axis, k, s, p in zip(axes, kernel, strides, pads, strict=True):
+    # The width first: of equal pixels the first one in the order of rows has the gradient then, as in torch.
+    for axis, k, s, p in reversed(list(zip(axes, kernel, strides, pads, strict=True))):
         x = _max_pool(x, axis % x.ndim, k, s, p, ceil_mode)
     return x
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,18 @@ from jax.typing import DTypeLike
 from jax_dcn._checks import (
     PaddingLike,
     check_bool,
-    check_channels,
     check_data_format,
+    check_images,
     sides_of,
     to_count,
     to_padding,
     to_pair,
 )
 from jax_dcn._layers.arguments import MmcvArguments
+from jax_dcn.mmcv.nn.formats import channels_last
 from jax_dcn.mmcv.nn.parameters import torchs_bias_init, torchs_kernel_init
 
 _PADDING_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # jax.numpy.pad's names
-
-
-def channels_last(function: Callable[[jax.Array], jax.Array], x: jax.Array, data_format: str) -> jax.Array:
-    """A function of images with the channels last, of images of either format."""
-    if data_format == "NHWC":
-        return function(x)
-    return jnp.moveaxis(function(jnp.moveaxis(x, -3, -1)), -1, -3)
 
 
 class Conv2d(MmcvArguments, nnx.Conv):
@@ -104,16 +98,38 @@ class Conv2d(MmcvArguments, nnx.Conv):
             rngs=rngs,
         )
         self.data_format, self.padding_mode = data_format, padding_mode
-        self.sides = () if isinstance(pads, str) else tuple(map(sides_of, pads))
+        self._sides = () if isinstance(pads, str) else tuple(map(sides_of, pads))
+
+    # torch's names, for ports that read them.
+
+    @property
+    def in_channels(self) -> int:
+        return self.in_features
+
+    @property
+    def out_channels(self) -> int:
+        return self.out_features
+
+    @property
+    def stride(self) -> Any:
+        return self.strides
+
+    @property
+    def dilation(self) -> Any:
+        return self.kernel_dilation
+
+    @property
+    def groups(self) -> int:
+        return self.feature_group_count
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Applies the layer to images, of any number of batch axes."""
-        check_channels(type(self).__name__, x.shape, self.in_features, self.data_format)
+        check_images(type(self).__name__, x.shape, self.data_format, self.in_channels, "in_channels")
         return channels_last(self._convolve, x, self.data_format)
 
     def _convolve(self, x: jax.Array) -> jax.Array:
         if self.padding_mode != "zeros":
-            widths = ((0, 0),) * (x.ndim - 3) + self.sides + ((0, 0),)
+            widths = ((0, 0),) * (x.ndim - 3) + self._sides + ((0, 0),)
             x = jnp.pad(x, widths, mode=_PADDING_MODES[self.padding_mode])
         return super().__call__(x)
 
@@ -168,7 +184,7 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
         self.kernel_size, self.stride, self.dilation = sizes["kernel_size"], sizes["stride"], sizes["dilation"]
         if any(m >= max(s, d) for m, s, d in zip(more, self.stride, self.dilation, strict=True)):
             raise ValueError(
-                f"{name}: output_padding ({more}) must be less than stride {self.stride} or dilation {self.dilation}"
+                f"{name}: output_padding {more} must be less than stride {self.stride} or dilation {self.dilation}"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.padding, self.output_padding, self.data_format = pads, more, data_format
@@ -180,7 +196,7 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to images, of any number of batch axes."""
-        check_channels(type(self).__name__, x.shape, self.in_channels, self.data_format)
+        check_images(type(self).__name__, x.shape, self.data_format, self.in_channels, "in_channels")
         return channels_last(self._convolve, x, self.data_format)
 
     def _convolve(self, x: jax.Array) -> jax.Array:
@@ -208,7 +224,7 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-class Linear(nnx.Linear):
+class Linear(MmcvArguments, nnx.Linear):
     """torch's Linear, as `nnx.Linear`, of the last axis.
 
     Args:
@@ -216,6 +232,8 @@ class Linear(nnx.Linear):
       bias: whether there is one (default True).
       dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`.
     """
+
+    _OTHER_NAMES: ClassVar[Mapping[str, str]] = {"features": "out_features", "use_bias": "bias"}
 
     def __init__(
         self,

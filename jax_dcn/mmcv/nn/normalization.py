@@ -6,17 +6,21 @@ keeps one digit where the mean is a thousand deviations.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_dcn._checks import check_data_format, to_count
-from jax_dcn.mmcv.nn.linear import channels_last
+from jax_dcn._checks import check_data_format, check_images, to_count
+from jax_dcn._layers.arguments import MmcvArguments
+from jax_dcn.mmcv.nn.formats import channels_last
+
+_AFFINE = {"epsilon": "eps", "use_bias": "affine", "use_scale": "affine"}
 
 
-class BatchNorm2d(nnx.BatchNorm):
+class BatchNorm2d(MmcvArguments, nnx.BatchNorm):
     """torch's BatchNorm2d, as `nnx.BatchNorm` with torch's defaults, unbiased running variance and counter of batches.
 
     The result has x's shape. Under `jit` the statistics are those of the whole batch on all devices, as SyncBN's are.
@@ -29,7 +33,12 @@ class BatchNorm2d(nnx.BatchNorm):
       norm_eval: whether to use the running statistics, and leave them as they are, in training too (mmdet's).
       data_format: "NHWC" (default) for a last axis of channels, or "NCHW" for the third from the end.
       rngs, and options such as dtype, param_dtype and scale_init: as in `nnx.BatchNorm`.
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, among them torch's momentum=None, or another x.
     """
+
+    _OTHER_NAMES: ClassVar[Mapping[str, str]] = _AFFINE
 
     def __init__(
         self,
@@ -43,9 +52,12 @@ class BatchNorm2d(nnx.BatchNorm):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_data_format(type(self).__name__, data_format)
+        name = type(self).__name__
+        check_data_format(name, data_format)
+        if not isinstance(momentum, (int, float)):
+            raise TypeError(f"{name}: momentum must be a number, got {momentum!r}")
         super().__init__(
-            num_features,
+            to_count(name, "num_features", num_features),
             momentum=1 - momentum,
             epsilon=eps,
             use_bias=affine,
@@ -59,6 +71,7 @@ class BatchNorm2d(nnx.BatchNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
+        check_images(type(self).__name__, x.shape, self.data_format, self.num_features, "num_features")
         return channels_last(self._normalize, x, self.data_format)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
@@ -72,7 +85,7 @@ class BatchNorm2d(nnx.BatchNorm):
         return y
 
 
-class GroupNorm(nnx.GroupNorm):
+class GroupNorm(MmcvArguments, nnx.GroupNorm):
     """torch's GroupNorm, as `nnx.GroupNorm` with torch's order of the arguments and its epsilon.
 
     x has its images on the first axis, and any axes between these and the channels.
@@ -84,7 +97,12 @@ class GroupNorm(nnx.GroupNorm):
       affine: whether there are a scale and a bias (default True).
       data_format: "NHWC" (default) for a last axis of channels, or "NCHW" for the third from the end.
       rngs, and options such as dtype and param_dtype: as in `nnx.GroupNorm`.
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, or that do not fit one another, or another x.
     """
+
+    _OTHER_NAMES: ClassVar[Mapping[str, str]] = {**_AFFINE, "num_features": "num_channels"}
 
     def __init__(
         self,
@@ -111,14 +129,17 @@ class GroupNorm(nnx.GroupNorm):
             rngs=rngs,
             **options,
         )
-        self.data_format = data_format
+        self.num_channels, self.data_format = num_channels, data_format
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x."""
+        # Without the width or the height too, but not without images.
+        if self.data_format == "NCHW" or x.ndim > 2:
+            check_images(type(self).__name__, x.shape, self.data_format, self.num_channels, "num_channels")
         return channels_last(super().__call__, x, self.data_format)
 
 
-class LayerNorm(nnx.LayerNorm):
+class LayerNorm(MmcvArguments, nnx.LayerNorm):
     """torch's LayerNorm over the last axis, as `nnx.LayerNorm` with torch's epsilon.
 
     Args:
@@ -127,7 +148,17 @@ class LayerNorm(nnx.LayerNorm):
       elementwise_affine: whether there are a scale and a bias (default True).
       bias: whether there is a bias beside the scale (default True).
       rngs, and options such as dtype and param_dtype: as in `nnx.LayerNorm`.
+
+    Raises:
+      TypeError, ValueError: arguments of the wrong type, or another x.
     """
+
+    _OTHER_NAMES: ClassVar[Mapping[str, str]] = {
+        "epsilon": "eps",
+        "num_features": "normalized_shape",
+        "use_bias": "bias",
+        "use_scale": "elementwise_affine",
+    }
 
     def __init__(
         self,
@@ -155,4 +186,8 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x."""
+        if x.ndim < 1 or x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {x.shape}, expected {self.num_features} = normalized_shape last"
+            )
         return super().__call__(x)
