@@ -6,8 +6,8 @@ DetectoRS backbone load:
 
     python examples/saconv.py detectors_cascade_rcnn_r50_1x_coco.pth --layer backbone.layer2.1.conv2
 
-A .pth takes torch to read. Without a file the weights are random. It draws both sets of sampling points of one pixel,
-as saconv.png.
+A .pth takes torch to read. Without a file the weights are random. It draws where one pixel samples, as saconv.png: the
+small convolution's points orange, the large one's red.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax_dcn.mmcv.nn import Conv2d, FrozenParam, adaptive_avg_pool2d
 
 
 class SAConv2d(nnx.Module):
-    """mmcv's SAConv2d with use_deform=True, NHWC inside and out, of 3x3 taps as its offsets are."""
+    """mmcv's SAConv2d with use_deform=True, NHWC inside and out. Its offsets are those of 3x3 taps."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class SAConv2d(nnx.Module):
         out_channels: int,
         kernel_size: int = 3,
         stride: int = 1,
-        padding: int = 1,
+        padding: int = 0,
         dilation: int = 1,
         groups: int = 1,
         *,
@@ -92,16 +92,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.checkpoint:
         state_dict = mmcv.load_checkpoint(options.checkpoint, options.layer)
         channels, in_channels = state_dict["weight"].shape[:2]
-        layer = mmcv.load_into(SAConv2d(in_channels, channels, rngs=nnx.Rngs(0)), state_dict)
+        layer = mmcv.load_into(SAConv2d(in_channels, channels, padding=1, rngs=nnx.Rngs(0)), state_dict)
     else:
-        in_channels, layer = 16, SAConv2d(16, 16, rngs=nnx.Rngs(0))
-        # Offsets begin at zero, which would make no picture.
+        in_channels, layer = 16, SAConv2d(16, 16, padding=1, rngs=nnx.Rngs(0))
+        # At first all of the map comes from the small convolution, and offsets are zero.
+        layer.switch = Conv2d(16, 1, 1, bias_init=nnx.initializers.constant(0.5), rngs=nnx.Rngs(0))
         layer.offset_s, layer.offset_l = (Conv2d(16, 18, 3, padding=1, rngs=nnx.Rngs(seed)) for seed in (1, 2))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 28, in_channels)), jnp.float32)
     y = nnx.jit(lambda layer, x: layer(x))(layer, x)
     _, means = layer.context(x)
     print(f"map {y.shape}, {float(layer.switch(means).mean()):.0%} of it from the small convolution")
     axes = plot.sampling_points(x[0, ..., 0], layer.offset_s(means), data_format="NHWC")
+    axes.collections[0].set_color("#ff7f0e")  # those of the small convolution
     plot.sampling_points(x[0, ..., 0], layer.offset_l(means), padding=3, dilation=3, axes=axes, data_format="NHWC")
     axes.figure.savefig(options.output)
     print(f"Where the pixel at the centre samples: {options.output}")

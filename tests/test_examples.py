@@ -71,11 +71,14 @@ def test_reppoints():
     ("name", "build"),
     [
         ("dyhead", lambda module: module.DyHead(24, 32, 2, rngs=nnx.Rngs(0))),
-        ("saconv", lambda module: module.SAConv2d(24, 32, rngs=nnx.Rngs(0))),
+        ("saconv", lambda module: module.SAConv2d(24, 32, padding=1, rngs=nnx.Rngs(0))),
     ],
 )
 def test_mmdets_own_numbers(name, build):
-    """mmdet 3.3.0's and mmcv 2.2.0's, with the gradient of every parameter and input."""
+    """Computed by mmdet 3.3.0's DyHead and mmcv 2.2.0's SAConv2d themselves, with random weights, in float32.
+
+    With the gradient of every parameter and input.
+    """
     with np.load(DATA / f"{name}.npz") as arrays:
         arrays = dict(arrays)
 
