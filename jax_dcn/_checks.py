@@ -167,14 +167,25 @@ def check_bool(name: str, argument: str, value: Any) -> None:
         raise TypeError(f"{name}: {argument} must be a bool, got {value!r}")
 
 
-def check_images(name: str, shape: Sequence[Any], data_format: str, channels: int, argument: str) -> None:
-    """Checks the shape of a layer's input, images of so many channels as the argument says."""
-    if len(shape) < 3:
-        raise ValueError(f"{name}: x has {len(shape)} dimensions, expected 3 or more, in shape {tuple(shape)}")
-    actual = shape[data_format.index("C") - 4]
+def check_images(name: str, x: Any, data_format: str, channels: int, argument: str, least: int = 3) -> None:
+    """Checks a layer's input: images of at least so many dimensions, and of so many channels as the argument says."""
+    check_array(name, "x", x)
+    least = 3 if data_format == "NCHW" else least
+    if x.ndim < least:
+        raise ValueError(f"{name}: x has {x.ndim} dimensions, expected {least} or more, in shape {x.shape}")
+    actual = x.shape[data_format.index("C") - 4]
     if actual != channels:
-        hint = _other_format("x", shape, data_format, channels)
+        hint = "" if x.ndim < 3 else _other_format("x", x.shape, data_format, channels)
         raise ValueError(f"{name}: x has {actual} channels, expected {channels} = {argument}{hint}")
+
+
+def check_output(name: str, size: Sequence[Any], out: Sequence[Any]) -> None:
+    """Checks that the output, of a convolution or pooling, has pixels."""
+    if any(_less(n, 1) for n in (*size, *out)):
+        raise ValueError(
+            f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
+            f"{size[0]} x {size[1]}"
+        )
 
 
 def _other_format(argument: str, shape: Sequence[Any], data_format: str, *channels: Any) -> str:

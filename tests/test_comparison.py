@@ -1,5 +1,6 @@
 """jax_dcn.mmcv.compare: a port beside its original in torch."""
 
+import concurrent.futures
 import importlib.util
 import typing
 from pathlib import Path
@@ -347,6 +348,23 @@ def test_named_tuples_and_the_order_of_dicts():
 def test_inputs_take_the_dtype_of_torchs_parameters(dtype):
     module, original = small()
     assert mmcv.compare(module, original, X.astype(dtype)).agrees
+
+
+def test_bfloat16():
+    module, original = small()
+    x = torch.from_numpy(X).bfloat16()
+    comparison = mmcv.compare(module, original.bfloat16(), x, tolerance=0.1)
+    assert comparison.agrees, str(comparison)
+    assert comparison.outputs[0].error < 0.01
+
+
+def test_threads():
+    call = Conv2d.__call__
+    module, original = small()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        comparisons = [*pool.map(lambda _: mmcv.compare(module, original, X), range(8))]
+    assert all(comparison.agrees for comparison in comparisons)
+    assert Conv2d.__call__ is call
 
 
 def test_a_result_without_arrays():

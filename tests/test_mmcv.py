@@ -469,12 +469,24 @@ def test_a_whole_state():
         assert_same_arrays(mmcv.to_state_dict(state, names=NAMES, like=module), mmcv.to_state_dict(module, names=NAMES))
 
 
+def test_masked_moments_of_an_optimizer():
+    """Which has none for what it does not move."""
+    optax = pytest.importorskip("optax")
+    module = Ported()
+    params = nnx.state(module, nnx.Param)
+    only_scale = jax.tree.map_with_path(lambda path, _: "'scale'" in jax.tree_util.keystr(path[:1]), params)
+    moments = optax.masked(optax.trace(0.9), only_scale).init(params).inner_state.trace
+    assert set(mmcv.to_state_dict(moments, names=NAMES, like=module)) == {"scale"}
+
+
 def test_a_state_alone_is_refused():
     module = Ported()
     with pytest.raises(TypeError, match=r"an nnx\.State does not say what its names mean: pass like=module"):
         mmcv.to_state_dict(nnx.state(module))
     with pytest.raises(TypeError, match=r"module must be the module itself, got its nnx\.State"):
         mmcv.load_into(nnx.state(module), {})
+    with pytest.raises(TypeError, match=r"like is for the state of a module, got Ported"):
+        mmcv.to_state_dict(module, like=module)
     with pytest.raises(TypeError, match=r"like must be an nnx module, got State"):
         mmcv.to_state_dict(nnx.state(module), like=nnx.state(module))
 

@@ -262,6 +262,20 @@ def test_wrong_arguments_of_the_pyramid(options, message):
         FPN(**{**dict(in_channels=[8, 8], out_channels=4, num_outs=2), **options}, rngs=nnx.Rngs(0))
 
 
+def test_a_pyramid_of_symbolic_sizes():
+    """As far as each level is a whole multiple of the next."""
+    golden = GoldenModel("fpn")
+    model = mmcv.load_into(FPN(**golden.config, rngs=nnx.Rngs(0)), golden.state_dict)
+    h, w = jax.export.symbolic_shape("h, w")
+    levels = [*zip(golden.config["in_channels"], (8, 4, 2, 1), strict=True)]
+    specs = [jax.ShapeDtypeStruct((1, channels, n * h, n * w), jnp.float32) for channels, n in levels]
+    exported = jax.export.export(jax.jit(lambda maps: model(maps)))(specs)
+    rng = np.random.default_rng(0)
+    maps = [jnp.asarray(rng.normal(size=(1, channels, 3 * n, 2 * n)), jnp.float32) for channels, n in levels]
+    for actual, expected in zip(exported.call(maps), run(model, maps), strict=True):
+        assert_close(actual, expected)
+
+
 def test_wrong_number_of_maps():
     with pytest.raises(ValueError, match=r"^FPN: got 1 inputs, expected 2"):
         FPN([8, 8], 4, 2, rngs=nnx.Rngs(0))([jnp.zeros((1, 8, 4, 4))])

@@ -1,6 +1,7 @@
 """jax_dcn.mmcv.nn: the numbers, names, defaults and initial values of torch and mmcv."""
 
 import inspect
+import math
 import warnings
 
 import jax
@@ -187,6 +188,70 @@ def test_batch_axes(leading):
         if 0 not in leading and leading:
             expected = function(x.reshape(-1, 5, 6, 4)).reshape(y.shape)
             np.testing.assert_array_equal(y, expected)
+
+
+def test_symbolic_sizes():
+    """Whole factors of the nearest neighbour, pooling and convolutions take them, what cannot says so."""
+    h, w = jax.export.symbolic_shape("h, w")
+    layers = ConvModule(4, 4, 3, padding=1, norm_cfg=dict(type="GN", num_groups=2), rngs=rngs())
+    transpose = ConvTranspose2d(4, 4, 4, stride=2, padding=1, rngs=rngs())
+
+    def function(x):
+        y = interpolate(transpose(max_pool2d(layers(x), 2)), scale_factor=2)
+        return interpolate(y, (8 * h, 8 * w)) * adaptive_avg_pool2d(x, 1)
+
+    exported = jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct((1, 4 * h, 4 * w, 4), jnp.float32))
+    x = jnp.asarray(normal(1, 8, 12, 4))
+    assert exported.call(x).shape == (1, 16, 24, 4)
+
+    def numeric(x):
+        y = interpolate(transpose(max_pool2d(layers(x), 2)), scale_factor=2)
+        return y * adaptive_avg_pool2d(x, 1)
+
+    assert_close(exported.call(x), jax.jit(numeric)(x))
+    for call, message in (
+        (lambda x: interpolate(x, 7), "interpolate: a symbolic size can only be multiplied by an integer"),
+        (lambda x: interpolate(x, scale_factor=2, mode="bilinear"), "interpolate: a symbolic size can only be"),
+        (lambda x: adaptive_avg_pool2d(x, 3), "adaptive_avg_pool2d: a symbolic size, h, can only be averaged whole"),
+        (lambda x: reread(x, 3), "reread: height and width must not be symbolic, got h x w"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(call, jax.ShapeDtypeStruct((1, h, w, 4), jnp.float32))
+
+
+def test_neighbours_of_labels():
+    """Integers have neighbours, but no means."""
+    labels = np.arange(6, dtype=np.int32).reshape(1, 2, 3, 1)
+    assert interpolate(labels, (4, 3))[0, :, 0, 0].tolist() == [0, 0, 3, 3]
+    assert interpolate(labels, (1, 2)).dtype == jnp.int32
+    for function in (
+        lambda x: interpolate(x, 4, mode="bilinear"),
+        lambda x: adaptive_avg_pool2d(x, 1),
+        lambda x: max_pool2d(x, 2),
+    ):
+        with pytest.raises(TypeError, match="x has dtype int32, expected one of float32"):
+            function(labels)
+
+
+def test_16_bit_batch_norm_keeps_its_dtype():
+    norm = BatchNorm2d(3, param_dtype=jnp.bfloat16, rngs=rngs())
+    x = jnp.asarray(normal(2, 4, 4, 3)).astype(jnp.bfloat16)
+    assert norm(x).dtype == jnp.bfloat16
+    norm.eval()
+    assert norm(x).dtype == jnp.bfloat16
+    assert norm(x.astype(jnp.float32)).dtype == jnp.float32
+
+
+def test_a_batch_of_nothing_leaves_no_statistics():
+    norm = BatchNorm2d(3, rngs=rngs())
+    before = mmcv.to_state_dict(norm)
+    assert norm(jnp.zeros((0, 4, 4, 3), jnp.float32)).shape == (0, 4, 4, 3)
+    assert_same_arrays(mmcv.to_state_dict(norm), before)
+
+
+def test_sizes_of_jax_and_numpy():
+    conv = Conv2d(np.int64(4), jnp.int32(2), 3, groups=jnp.int32(2), rngs=rngs())
+    assert nnx.jit(lambda conv, x: conv(x))(conv, jnp.ones((1, 5, 5, 4))).shape == (1, 3, 3, 2)
 
 
 def test_large_means_do_not_drown_the_variance():
@@ -401,6 +466,36 @@ def rngs():
             ValueError,
             r"^LayerNorm: x has shape \(1, 5\), expected 4 = normalized_shape last$",
         ),
+        (lambda: BatchNorm2d(4, affine=None, rngs=rngs()), TypeError, "BatchNorm2d: affine must be a bool"),
+        (lambda: LayerNorm(4, bias=None, rngs=rngs()), TypeError, "LayerNorm: bias must be a bool"),
+        (lambda: GroupNorm(2, 4, affine=1, rngs=rngs()), TypeError, "GroupNorm: affine must be a bool"),
+        (
+            lambda: BatchNorm2d(4, rngs=rngs())(jnp.ones((1, 1, 1, 4))),
+            ValueError,
+            "BatchNorm2d: in training x must have more than one pixel",
+        ),
+        (
+            lambda: Conv2d(4, 2, 5, rngs=rngs())(jnp.ones((1, 3, 6, 4))),
+            ValueError,
+            "Conv2d: the output would have no pixels, its size would be 0 x 2 for an input of 3 x 6",
+        ),
+        (
+            lambda: ConvTranspose2d(4, 2, 1, padding=3, rngs=rngs())(jnp.ones((1, 3, 9, 4))),
+            ValueError,
+            "ConvTranspose2d: the output would have no pixels, its size would be -3 x 3 for an input of 3 x 9",
+        ),
+        (lambda: max_pool2d(jnp.ones((1, 3, 3, 4)), 5), ValueError, "max_pool2d: the output would have no pixels"),
+        (
+            lambda: Conv2d(4, 2, 3, padding=3, padding_mode="reflect", rngs=rngs())(jnp.ones((1, 3, 9, 4))),
+            ValueError,
+            r"Conv2d: padding \(\(3, 3\), \(3, 3\)\) is too large for padding_mode 'reflect' and an image of 3 x 9",
+        ),
+        (lambda: Conv2d(4, 2, 3, padding_mode=[1], rngs=rngs()), ValueError, "padding_mode must be one of"),
+        (lambda: Conv2d(4, 2, 3, rngs=rngs())(None), TypeError, "Conv2d: x must be an array, got NoneType"),
+        (lambda: max_pool2d([1.0], 2), TypeError, "max_pool2d: x must be an array, got list"),
+        (lambda: interpolate(jnp.ones((1, 2, 2, 1)), scale_factor=True), ValueError, "scale_factor must be a positive"),
+        (lambda: interpolate(jnp.ones((1, 2, 2, 1)), scale_factor=math.inf), ValueError, "scale_factor must be a"),
+        (lambda: adaptive_avg_pool2d(jnp.ones((1, 2, 2, 1)), 10**12), ValueError, "output_size must be at most"),
         (lambda: BatchNorm2d(4, momentum=None, rngs=rngs()), TypeError, "BatchNorm2d: momentum must be a number"),
         (lambda: BatchNorm2d(4, epsilon=1, rngs=rngs()), TypeError, "BatchNorm2d: .* epsilon is called eps here"),
         (lambda: GroupNorm(2, num_features=4, rngs=rngs()), TypeError, "num_features is called num_channels here"),

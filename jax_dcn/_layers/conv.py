@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 from jax_dcn._checks import (
     CheckedPadding,
     PaddingLike,
-    check_array,
     check_bool,
     check_data_format,
     check_images,
@@ -170,8 +169,7 @@ class Layer(MmcvArguments):
     def _over_leading_axes(self, function: Callable[..., jax.Array], x: jax.Array, **others: Any) -> jax.Array:
         """A function of arrays with a batch axis, of arrays with any number of axes in its place."""
         name = self._name
-        check_array(name, "x", x)
-        check_images(name, x.shape, self.data_format, self.in_channels, "in_channels")
+        check_images(name, x, self.data_format, self.in_channels, "in_channels")
         leading = x.shape[:-3]
         others = {argument: to_array(name, argument, value) for argument, value in others.items()}
         for argument, value in others.items():

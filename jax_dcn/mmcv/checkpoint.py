@@ -138,7 +138,7 @@ def save_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike) -> N
         _import("safetensors", path).numpy.save_file(arrays, path)
     elif path.suffix in _TORCH_SUFFIXES:
         torch = _import("torch", path)
-        torch.save({"meta": {}, "state_dict": {key: _to_torch(torch, array) for key, array in arrays.items()}}, path)
+        torch.save({"meta": {}, "state_dict": {key: to_tensor(torch, array) for key, array in arrays.items()}}, path)
     else:
         raise ValueError(_unknown_suffix(path))
 
@@ -284,7 +284,8 @@ def to_numpy(key: str, value: Any) -> np.ndarray:
     return np.array(value, order="C")
 
 
-def _to_torch(torch: Any, array: np.ndarray) -> Any:
+def to_tensor(torch: Any, array: np.ndarray) -> Any:
+    """torch's, over the same memory."""
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

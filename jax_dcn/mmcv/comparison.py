@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dcn._checks import check_data_format
-from jax_dcn.mmcv.checkpoint import to_numpy
+from jax_dcn.mmcv.checkpoint import to_numpy, to_tensor
 from jax_dcn.mmcv.convert import to_state_dict
 from jax_dcn.mmcv.tree import is_a, is_counter, nnx_nodes
 
 Arrays = dict[str, Any]  # by their place in what was returned
+
+_PATCHING = threading.Lock()  # while classes have other `__call__`s
 
 _LISTED = 10  # names of one kind that the text lists
 
@@ -154,7 +157,7 @@ def compare(
     floating = next((p for p in torch_module.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def to_torch(array: Any) -> Any:
-        tensor = array.detach().clone() if isinstance(array, torch.Tensor) else torch.tensor(np.asarray(array))
+        tensor = to_tensor(torch, _numpy(array))
         return tensor.to(floating.device, floating.dtype if tensor.is_floating_point() else None)
 
     def to_jax(array: Any) -> jax.Array:
@@ -169,7 +172,7 @@ def compare(
     callables = {n for n, m in torch_module.named_modules() if type(m).forward is not torch.nn.Module.forward}
     calls = _calls_of(module, callables)
     try:
-        with _recorded(module, calls):
+        with _PATCHING, _recorded(module, calls):
             actual = _arrays(module(*ours))
     except Exception as error:
         rows, _ = _output_rows([(name, arrays) for name, arrays in torch_calls if calls.get(name)], calls)

@@ -136,6 +136,8 @@ def to_state_dict(
         )
     if like is None and is_a("nnx", "State", source):
         raise TypeError("to_state_dict: an nnx.State does not say what its names mean: pass like=module")
+    if like is not None and not isinstance(source, Mapping):
+        raise TypeError(f"to_state_dict: like is for the state of a module, got {type(source).__name__}")
     if like is not None and not is_a("nnx", "Module", like):
         raise TypeError(f"to_state_dict: like must be an nnx module, got {type(like).__name__}")
     prefix = prefix and prefix.removesuffix(".") + "."

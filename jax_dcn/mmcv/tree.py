@@ -73,6 +73,7 @@ def entries_of_state(state: Mapping[Any, Any], module: Any) -> Iterator[Entry]:
     arrays = {
         tuple(map(str, path)): leaf.get_value() if is_a("nnx", "Variable", leaf) else leaf
         for path, leaf in _flat(state)
+        if hasattr(leaf, "shape") or is_a("nnx", "Variable", leaf)  # an optimizer leaves out what it does not move
     }
     nodes = {tuple(map(str, path)): node for path, node, _ in nnx_nodes(module)}
     known = {path for path, node in nodes.items() if is_a("nnx", "Variable", node) or _is_array(node)}

@@ -133,7 +133,7 @@ def _of_type(argument: str, known: Mapping[str, Any], cfg: Config) -> tuple[Any,
     """What stands for a config's type, and its other entries."""
     if not isinstance(cfg, Mapping):
         raise TypeError(f"{argument} must be a dict, got {cfg!r}")
-    if cfg.get("type") not in known:
+    if not isinstance(cfg.get("type"), str) or cfg["type"] not in known:
         raise ValueError(f"{argument}'s type must be one of {tuple(known)}, got {cfg.get('type')!r}")
     return known[cfg["type"]], {name: value for name, value in cfg.items() if name != "type"}
 

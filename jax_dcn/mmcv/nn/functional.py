@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_dcn._checks import check_data_format, to_count, to_pair
+from jax_dcn._checks import check_array, check_bool, check_data_format, check_output, to_array, to_pair
 
 
 def interpolate(
@@ -43,6 +44,8 @@ def interpolate(
     """
     name = "interpolate"
     height, width = _axes(name, x, data_format)
+    if mode != "nearest":
+        x = to_array(name, "x", x)
     if mode not in ("nearest", "bilinear"):
         raise ValueError(f"{name}: mode must be 'nearest' or 'bilinear', got {mode!r}")
     if mode == "nearest" and align_corners is not None:
@@ -50,15 +53,14 @@ def interpolate(
     if (size is None) == (scale_factor is None):
         raise ValueError(f"{name}: give either size or scale_factor")
     before = x.shape[height], x.shape[width]
+    steps: Sequence[float | None] = (None, None)
     if scale_factor is None:
-        after = to_pair(name, "size", size, 1)
-        steps = [source / target for source, target in zip(before, after, strict=True)]
+        after = _to_size(name, "size", size)
     else:
         factors = tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
-        if len(factors) != 2 or not all(isinstance(f, (int, float, np.number)) and f > 0 for f in factors):
+        if len(factors) != 2 or not all(_is_number(factor) and 0 < factor < math.inf for factor in factors):
             raise ValueError(f"{name}: scale_factor must be a positive number or a pair, got {scale_factor!r}")
-        height_after, width_after = (math.floor(n * factor) for n, factor in zip(before, factors, strict=True))
-        after = to_pair(name, "the size", (height_after, width_after), 1)
+        after = _to_size(name, "the size", [_scaled(n, factor) for n, factor in zip(before, factors, strict=True)])
         steps = [1 / factor for factor in factors]
     result_dtype, dtype = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
     if mode == "bilinear":
@@ -68,15 +70,39 @@ def interpolate(
     return x.astype(result_dtype)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _scaled(size: Any, factor: float) -> Any:
+    """Rounded down. A symbolic size can only be multiplied by an integer."""
+    return size * int(factor) if float(factor).is_integer() else math.floor(size * factor)
+
+
+def _to_size(name: str, argument: str, size: Any) -> tuple[Any, Any]:
+    """A pair, of ints or symbolic sizes."""
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sizes) == 2 and any(map(jax.export.is_symbolic_dim, sizes)):
+        return sizes
+    return to_pair(name, argument, size, 1)
+
+
 def _resized(
-    x: jax.Array, axis: int, target: int, step: float, mode: str, align_corners: bool, dtype: np.dtype[Any]
+    x: jax.Array, axis: int, target: Any, step: float | None, mode: str, align_corners: bool, dtype: np.dtype[Any]
 ) -> jax.Array:
     source = x.shape[axis]
     if source == target:
         # torch does so too, but not everywhere with a scale_factor that is not quite 1.
         return x
+    if jax.export.is_symbolic_dim(source) or jax.export.is_symbolic_dim(target):
+        if mode != "nearest" or target % source != 0 or not isinstance(target // source, int):
+            raise ValueError(
+                f"interpolate: a symbolic size can only be multiplied by an integer, with mode='nearest', got {source} "
+                f"to be made {target} with mode={mode!r}"
+            )
+        return jnp.repeat(x, target // source, axis=axis)
     # In x's dtype, as torch computes them: a neighbour may hang on the rounding.
-    index, one_step = np.arange(target, dtype=dtype), dtype.type(step)
+    index, one_step = np.arange(target, dtype=dtype), dtype.type(source / target if step is None else step)
     if mode == "nearest":
         neighbours = np.minimum((index * one_step).astype(int), source - 1)
         if target % source == 0 and np.array_equal(neighbours, np.arange(target) // (target // source)):
@@ -119,14 +145,18 @@ def max_pool2d(
     """
     name = "max_pool2d"
     axes = _axes(name, x, data_format)
+    x = to_array(name, "x", x)
+    check_bool(name, "ceil_mode", ceil_mode)
     kernel = to_pair(name, "kernel_size", kernel_size, 1)
     strides = kernel if stride is None else to_pair(name, "stride", stride, 1)
     pads = to_pair(name, "padding", padding, 0)
     if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
         raise ValueError(f"{name}: padding {pads} must be at most half of kernel_size {kernel}")
+    size = [x.shape[axis] for axis in axes]
     # The width first: of equal pixels the first one in the order of rows has the gradient then, as in torch.
     for axis, k, s, p in reversed(list(zip(axes, kernel, strides, pads, strict=True))):
         x = _max_pool(x, axis % x.ndim, k, s, p, ceil_mode)
+    check_output(name, size, [x.shape[axis] for axis in axes])
     return x
 
 
@@ -166,16 +196,19 @@ def adaptive_avg_pool2d(
     """
     name = "adaptive_avg_pool2d"
     axes = _axes(name, x, data_format)
+    x = to_array(name, "x", x)
     sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if len(sizes) != 2:
         raise ValueError(f"{name}: output_size must be an integer or a pair (height, width), got {output_size!r}")
-    targets = [None if size is None else to_count(name, "output_size", size) for size in sizes]
+    targets = [None if size is None else to_pair(name, "output_size", size, 1)[0] for size in sizes]
     means = [axis for axis, target in zip(axes, targets, strict=True) if target == 1]
     if means:
         x = jnp.mean(x, tuple(means), keepdims=True)
     for axis, target in zip(axes, targets, strict=True):
         if target not in (None, 1, x.shape[axis]):
             size = x.shape[axis]
+            if jax.export.is_symbolic_dim(size):
+                raise ValueError(f"{name}: a symbolic size, {size}, can only be averaged whole or kept, got {target}")
             starts, ends = (np.arange(target + 1) * size // target)[:-1], -(-np.arange(1, target + 1) * size // target)
             pixels = np.arange(size)
             inside = (pixels >= starts[:, None]) & (pixels < ends[:, None])
@@ -208,6 +241,8 @@ def reread(maps: jax.Array, size: int | Sequence[int], *, data_format: str = "NH
     height, width = to_pair(name, "size", size, 1)
     nchw = maps if data_format == "NCHW" else jnp.moveaxis(maps, -1, -3)
     *batch, channels, height_before, width_before = nchw.shape
+    if any(map(jax.export.is_symbolic_dim, (height_before, width_before))):
+        raise ValueError(f"{name}: height and width must not be symbolic, got {height_before} x {width_before}")
     if height * width > height_before * width_before:
         raise ValueError(
             f"{name}: size {height} x {width} has more pixels than the maps, {height_before} x {width_before}"
@@ -219,6 +254,7 @@ def reread(maps: jax.Array, size: int | Sequence[int], *, data_format: str = "NH
 
 def _axes(name: str, x: Any, data_format: str) -> tuple[int, int]:
     """Those of the height and the width, from the end."""
+    check_array(name, "x", x)
     check_data_format(name, data_format)
     if x.ndim < 3:
         raise ValueError(f"{name}: x has {x.ndim} dimensions, expected 3 or more, in shape {x.shape}")

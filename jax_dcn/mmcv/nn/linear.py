@@ -18,6 +18,7 @@ from jax_dcn._checks import (
     check_bool,
     check_data_format,
     check_images,
+    check_output,
     sides_of,
     to_count,
     to_padding,
@@ -69,17 +70,23 @@ class Conv2d(MmcvArguments, nnx.Conv):
         rngs: nnx.Rngs,
     ):
         name = type(self).__name__
-        sizes = _check_sizes(name, in_channels, out_channels, kernel_size, stride, dilation, groups, bias, data_format)
+        check_bool(name, "bias", bias)
+        check_data_format(name, data_format)
+        counts = _counts(name, in_channels, out_channels, groups)
+        sizes = _pairs(name, kernel_size=kernel_size, stride=stride, dilation=dilation)
         pads = to_padding(name, padding)
         if isinstance(pads, str) and pads != "VALID" and sizes["stride"] != (1, 1):
             raise ValueError(
                 f"{name}: padding={padding!r} with stride {sizes['stride']} is not torch's: give the padding in pixels"
             )
-        if padding_mode != "zeros" and (padding_mode not in _PADDING_MODES or isinstance(pads, str)):
+        if not isinstance(padding_mode, str) or (
+            padding_mode != "zeros" and (padding_mode not in _PADDING_MODES or isinstance(pads, str))
+        ):
             raise ValueError(
                 f"{name}: padding_mode must be one of {('zeros', *_PADDING_MODES)}, the last three with a padding in "
                 f"pixels, got {padding_mode!r} with padding={padding!r}"
             )
+        in_channels, out_channels, groups = counts
         fan_in = math.prod(sizes["kernel_size"]) * in_channels // groups
         super().__init__(
             in_channels,
@@ -124,14 +131,24 @@ class Conv2d(MmcvArguments, nnx.Conv):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Applies the layer to images, of any number of batch axes."""
-        check_images(type(self).__name__, x.shape, self.data_format, self.in_channels, "in_channels")
+        check_images(type(self).__name__, x, self.data_format, self.in_channels, "in_channels")
         return channels_last(self._convolve, x, self.data_format)
 
     def _convolve(self, x: jax.Array) -> jax.Array:
         if self.padding_mode != "zeros":
+            if self.padding_mode != "replicate":
+                # numpy would begin anew where torch refuses.
+                most = [n - (self.padding_mode == "reflect") for n in x.shape[-3:-1]]
+                if any(side > n for sides, n in zip(self._sides, most, strict=True) for side in sides):
+                    raise ValueError(
+                        f"{type(self).__name__}: padding {self._sides} is too large for padding_mode "
+                        f"{self.padding_mode!r} and an image of {x.shape[-3]} x {x.shape[-2]}"
+                    )
             widths = ((0, 0),) * (x.ndim - 3) + self._sides + ((0, 0),)
             x = jnp.pad(x, widths, mode=_PADDING_MODES[self.padding_mode])
-        return super().__call__(x)
+        y = super().__call__(x)
+        check_output(type(self).__name__, x.shape[-3:-1], y.shape[-3:-1])
+        return y
 
 
 class ConvTranspose2d(MmcvArguments, nnx.Module):
@@ -176,7 +193,10 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
         rngs: nnx.Rngs,
     ):
         name = type(self).__name__
-        sizes = _check_sizes(name, in_channels, out_channels, kernel_size, stride, dilation, groups, bias, data_format)
+        check_bool(name, "bias", bias)
+        check_data_format(name, data_format)
+        counts = _counts(name, in_channels, out_channels, groups)
+        sizes = _pairs(name, kernel_size=kernel_size, stride=stride, dilation=dilation)
         pads, more = (
             to_pair(name, argument, value, 0)
             for argument, value in (("padding", padding), ("output_padding", output_padding))
@@ -186,7 +206,7 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
             raise ValueError(
                 f"{name}: output_padding {more} must be less than stride {self.stride} or dilation {self.dilation}"
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups = counts
         self.padding, self.output_padding, self.data_format = pads, more, data_format
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
         shape = (*self.kernel_size, out_channels // groups, in_channels)
@@ -196,7 +216,7 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to images, of any number of batch axes."""
-        check_images(type(self).__name__, x.shape, self.data_format, self.in_channels, "in_channels")
+        check_images(type(self).__name__, x, self.data_format, self.in_channels, "in_channels")
         return channels_last(self._convolve, x, self.data_format)
 
     def _convolve(self, x: jax.Array) -> jax.Array:
@@ -205,12 +225,15 @@ class ConvTranspose2d(MmcvArguments, nnx.Module):
         # Of every group, (kh, kw, C_out, C_in) -> the convolution's (kh, kw, C_in, C_out), and back to front.
         grouped = kernel.reshape(*kernel.shape[:3], self.groups, -1)[::-1, ::-1]
         kernel = grouped.transpose(0, 1, 4, 3, 2).reshape(*self.kernel_size, -1, self.out_channels)
-        padding = [
-            (d * (k - 1) - p, d * (k - 1) - p + more)
-            for k, d, p, more in zip(self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True)
-        ]
+        size, out, padding = x.shape[-3:-1], [], []
+        sizes = (self.kernel_size, self.stride, self.dilation, self.padding, self.output_padding)
+        for n, k, s, d, p, more in zip(size, *sizes, strict=True):
+            extent = d * (k - 1) + 1
+            out.append((n - 1) * s - 2 * p + extent + more)
+            padding.append((extent - 1 - p, extent - 1 - p + more))
+        check_output(type(self).__name__, size, out)
         y = lax.conv_general_dilated(
-            x.reshape(-1, *x.shape[-3:]),
+            x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]),
             kernel,
             (1, 1),
             padding,
@@ -263,23 +286,13 @@ class Linear(MmcvArguments, nnx.Linear):
         )
 
 
-def _check_sizes(
-    name: str,
-    in_channels: Any,
-    out_channels: Any,
-    kernel_size: Any,
-    stride: Any,
-    dilation: Any,
-    groups: Any,
-    bias: Any,
-    data_format: Any,
-) -> dict[str, tuple[int, int]]:
-    """Checks what the convolutions share. Returns pairs of those that may be an int."""
-    check_bool(name, "bias", bias)
-    check_data_format(name, data_format)
+def _counts(name: str, in_channels: Any, out_channels: Any, groups: Any) -> tuple[int, int, int]:
     groups = to_count(name, "groups", groups)
     for argument, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if to_count(name, argument, channels) % groups:
             raise ValueError(f"{name}: {argument} ({channels}) must be a multiple of groups ({groups})")
-    sizes = dict(kernel_size=kernel_size, stride=stride, dilation=dilation)
+    return int(in_channels), int(out_channels), groups
+
+
+def _pairs(name: str, **sizes: Any) -> dict[str, tuple[int, int]]:
     return {argument: to_pair(name, argument, value, 1) for argument, value in sizes.items()}

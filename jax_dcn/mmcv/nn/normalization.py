@@ -6,6 +6,7 @@ keeps one digit where the mean is a thousand deviations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_dcn._checks import check_data_format, check_images, to_count
+from jax_dcn._checks import check_array, check_bool, check_data_format, check_images, to_count
 from jax_dcn._layers.arguments import MmcvArguments
 from jax_dcn.mmcv.nn.formats import channels_last
 
@@ -54,6 +55,8 @@ class BatchNorm2d(MmcvArguments, nnx.BatchNorm):
     ):
         name = type(self).__name__
         check_data_format(name, data_format)
+        for argument, value in (("affine", affine), ("norm_eval", norm_eval)):
+            check_bool(name, argument, value)
         if not isinstance(momentum, (int, float)):
             raise TypeError(f"{name}: momentum must be a number, got {momentum!r}")
         super().__init__(
@@ -71,15 +74,20 @@ class BatchNorm2d(MmcvArguments, nnx.BatchNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
-        check_images(type(self).__name__, x.shape, self.data_format, self.num_features, "num_features")
+        check_images(type(self).__name__, x, self.data_format, self.num_features, "num_features", least=2)
         return channels_last(self._normalize, x, self.data_format)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
-        if self.norm_eval or self.use_running_average:
-            return super().__call__(x, use_running_average=True)
+        # Flax's would have the dtype of the running statistics too, float32 at least.
+        parameters = [parameter[...] for parameter in (self.scale, self.bias) if parameter is not None]
+        dtype = self.dtype or jnp.result_type(x, *parameters)
+        count = math.prod(x.shape[:-1])
+        if self.norm_eval or self.use_running_average or count == 0:  # of nothing there are no statistics
+            return super().__call__(x, use_running_average=True).astype(dtype)
+        if count == 1:
+            raise ValueError(f"{type(self).__name__}: in training x must have more than one pixel, got {x.shape}")
         before = self.momentum * self.var[...]
-        y = super().__call__(x, use_running_average=False)
-        count = x.size // x.shape[-1]
+        y = super().__call__(x, use_running_average=False).astype(dtype)
         self.var[...] = before + (self.var[...] - before) * (count / max(count - 1, 1))
         self.num_batches_tracked[...] += 1
         return y
@@ -117,11 +125,12 @@ class GroupNorm(MmcvArguments, nnx.GroupNorm):
     ):
         name = type(self).__name__
         check_data_format(name, data_format)
+        check_bool(name, "affine", affine)
         if to_count(name, "num_channels", num_channels) % to_count(name, "num_groups", num_groups):
             raise ValueError(f"{name}: num_channels ({num_channels}) must be a multiple of num_groups ({num_groups})")
         super().__init__(
-            num_channels,
-            num_groups,
+            int(num_channels),
+            int(num_groups),
             epsilon=eps,
             use_bias=affine,
             use_scale=affine,
@@ -129,13 +138,11 @@ class GroupNorm(MmcvArguments, nnx.GroupNorm):
             rngs=rngs,
             **options,
         )
-        self.num_channels, self.data_format = num_channels, data_format
+        self.num_channels, self.data_format = int(num_channels), data_format
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x."""
-        # Without the width or the height too, but not without images.
-        if self.data_format == "NCHW" or x.ndim > 2:
-            check_images(type(self).__name__, x.shape, self.data_format, self.num_channels, "num_channels")
+        check_images(type(self).__name__, x, self.data_format, self.num_channels, "num_channels", least=2)
         return channels_last(super().__call__, x, self.data_format)
 
 
@@ -171,6 +178,8 @@ class LayerNorm(MmcvArguments, nnx.LayerNorm):
         **options: Any,
     ):
         name = type(self).__name__
+        for argument, value in (("elementwise_affine", elementwise_affine), ("bias", bias)):
+            check_bool(name, argument, value)
         shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
         if len(shape) != 1:
             raise ValueError(f"{name}: normalized_shape must have one axis, got {normalized_shape}")
@@ -186,6 +195,7 @@ class LayerNorm(MmcvArguments, nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x."""
+        check_array(type(self).__name__, "x", x)
         if x.ndim < 1 or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__}: x has shape {x.shape}, expected {self.num_features} = normalized_shape last"
