@@ -70,11 +70,12 @@ def entries_of_state(state: Mapping[Any, Any], module: Any) -> Iterator[Entry]:
       ValueError: a name or a shape that the module has not.
     """
     # Their numbers in lists are nnx's, or strings as from `convert_state_dict`.
-    arrays = {
+    leaves = {
         tuple(map(str, path)): leaf.get_value() if is_a("nnx", "Variable", leaf) else leaf
         for path, leaf in _flat(state)
-        if hasattr(leaf, "shape") or is_a("nnx", "Variable", leaf)  # an optimizer leaves out what it does not move
     }
+    # An optimizer leaves out what it does not move.
+    arrays = {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "shape")}
     nodes = {tuple(map(str, path)): node for path, node, _ in nnx_nodes(module)}
     known = {path for path, node in nodes.items() if is_a("nnx", "Variable", node) or _is_array(node)}
     if unknown := [".".join(path) for path in arrays if path not in known]:
