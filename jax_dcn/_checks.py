@@ -181,7 +181,7 @@ def check_images(name: str, x: Any, data_format: str, channels: int, argument: s
 
 def check_output(name: str, size: Sequence[Any], out: Sequence[Any]) -> None:
     """Checks that the output, of a convolution or pooling, has pixels."""
-    if any(_less(n, 1) for n in (*size, *out)):
+    if any(less(n, 1) for n in (*size, *out)):
         raise ValueError(
             f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
             f"{size[0]} x {size[1]}"
@@ -279,7 +279,7 @@ def _check_per_pixel(
         )
 
 
-def _less(size: int, bound: int) -> bool:
+def less(size: int, bound: int) -> bool:
     """Whether size < bound, whatever symbolic sizes there are. The kernels check again what protects memory."""
     try:
         return size < bound
@@ -328,17 +328,17 @@ def check_operands(
     height, width = x.shape[2:] if nchw else x.shape[1:3]
     _check_weight(name, x, weight, bias, geometry, data_format)
 
-    if _less(height, 1) or _less(width, 1):
+    if less(height, 1) or less(width, 1):
         raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
     geometry = padded(name, geometry, checked, (height, width))
     sides = [n + sum(p) for n, p in zip((height, width), geometry.padding, strict=True)]
-    if any(_less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *sides)):
+    if any(less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *sides)):
         raise ValueError(
             f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
             f"{height} x {width} with padding {geometry.padding}"
         )
     out = geometry.output_size(height, width)
-    if any(_less(n, 1) for n in out):
+    if any(less(n, 1) for n in out):
         raise ValueError(
             f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
             f"{height} x {width}, kernel {geometry.kernel_size}, stride {geometry.stride}, "

@@ -18,6 +18,8 @@ from jax_dcn.mmcv.nn.parameters import freeze_parameters, kaiming_init
 from jax_dcn.nnx import DeformConv2dPack, ModulatedDeformConv2dPack
 
 Config = Mapping[str, Any]
+Conv = Conv2d | ConvTranspose2d | DeformConv2dPack | ModulatedDeformConv2dPack
+Norm = BatchNorm2d | GroupNorm | LayerNorm
 
 _RELU: Config = {"type": "ReLU"}
 
@@ -57,7 +59,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
 }
 
 
-def build_conv_layer(cfg: Config | None, *arguments: Any, **options: Any) -> nnx.Module:
+def build_conv_layer(cfg: Config | None, *arguments: Any, **options: Any) -> Conv:
     """mmcv's build_conv_layer.
 
     Args:
@@ -74,7 +76,7 @@ def build_conv_layer(cfg: Config | None, *arguments: Any, **options: Any) -> nnx
     return cls(*arguments, **options, **more)
 
 
-def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "", **options: Any) -> tuple[str, nnx.Module]:
+def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "", **options: Any) -> tuple[str, Norm]:
     """mmcv's build_norm_layer.
 
     Args:
@@ -200,8 +202,8 @@ class ConvModule(MmcvArguments, nnx.Module):
                 raise ValueError(f"{name}: only Conv2d has a padding_mode, got {padding_mode!r} with {conv_cfg}")
             conv_options["padding_mode"] = padding_mode
         if kernel_init is None and conv_cls is not ModulatedDeformConv2dPack:
-            leaky = act_cfg is not None and act_cfg["type"] == "LeakyReLU"
-            kernel_init = kaiming_init(act_cfg.get("negative_slope", 0.01) if act_cfg and leaky else 0)
+            slope = act_cfg.get("negative_slope", 0.01) if act_cfg and act_cfg["type"] == "LeakyReLU" else 0
+            kernel_init = kaiming_init(slope)
         self.conv = build_conv_layer(
             conv_cfg,
             *(in_channels, out_channels, kernel_size),
@@ -212,15 +214,15 @@ class ConvModule(MmcvArguments, nnx.Module):
         )
         self.norm_name = None
         if norm_cfg is not None:
-            norm_cls = _of_type("norm_cfg", _NORMS, norm_cfg)[0][1]
-            if norm_cls is LayerNorm:
+            (_, norm_cls), _ = _of_type("norm_cfg", _NORMS, norm_cfg)
+            if norm_cls is LayerNorm:  # torch's would normalize rows
                 raise ValueError(f"{name}: norm_cfg must be that of BN, SyncBN or GN, got {dict(norm_cfg)}")
             channels = out_channels if order.index("norm") > order.index("conv") else in_channels
             self.norm_name, norm = build_norm_layer(norm_cfg, channels, **options)
             setattr(self, self.norm_name, norm)
 
     @property
-    def norm(self) -> nnx.Module | None:
+    def norm(self) -> Norm | None:
         """The normalization, whatever its name, or None."""
         return getattr(self, self.norm_name) if self.norm_name else None
 

@@ -44,10 +44,9 @@ def interpolate(
     """
     name = "interpolate"
     height, width = _axes(name, x, data_format)
-    if mode != "nearest":
-        x = to_array(name, "x", x)
     if mode not in ("nearest", "bilinear"):
         raise ValueError(f"{name}: mode must be 'nearest' or 'bilinear', got {mode!r}")
+    x = jnp.asarray(x) if mode == "nearest" else to_array(name, "x", x)  # labels have neighbours too
     if mode == "nearest" and align_corners is not None:
         raise ValueError(f"{name}: align_corners belongs to mode='bilinear'")
     if (size is None) == (scale_factor is None):
@@ -239,6 +238,7 @@ def reread(maps: jax.Array, size: int | Sequence[int], *, data_format: str = "NH
     name = "reread"
     _axes(name, maps, data_format)
     height, width = to_pair(name, "size", size, 1)
+    maps = jnp.asarray(maps)
     nchw = maps if data_format == "NCHW" else jnp.moveaxis(maps, -1, -3)
     *batch, channels, height_before, width_before = nchw.shape
     if any(map(jax.export.is_symbolic_dim, (height_before, width_before))):

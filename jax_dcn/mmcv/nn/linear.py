@@ -19,6 +19,7 @@ from jax_dcn._checks import (
     check_data_format,
     check_images,
     check_output,
+    less,
     sides_of,
     to_count,
     to_padding,
@@ -137,9 +138,9 @@ class Conv2d(MmcvArguments, nnx.Conv):
     def _convolve(self, x: jax.Array) -> jax.Array:
         if self.padding_mode != "zeros":
             if self.padding_mode != "replicate":
-                # numpy would begin anew where torch refuses.
+                # jax.numpy.pad goes back and forth as often as it takes, torch refuses.
                 most = [n - (self.padding_mode == "reflect") for n in x.shape[-3:-1]]
-                if any(side > n for sides, n in zip(self._sides, most, strict=True) for side in sides):
+                if any(less(n, max(sides)) for sides, n in zip(self._sides, most, strict=True)):
                     raise ValueError(
                         f"{type(self).__name__}: padding {self._sides} is too large for padding_mode "
                         f"{self.padding_mode!r} and an image of {x.shape[-3]} x {x.shape[-2]}"
