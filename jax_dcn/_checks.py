@@ -181,7 +181,9 @@ def check_images(name: str, x: Any, data_format: str, channels: int, argument: s
 
 def check_output(name: str, size: Sequence[Any], out: Sequence[Any]) -> None:
     """Checks that the output, of a convolution or pooling, has pixels."""
-    if any(less(n, 1) for n in (*size, *out)):
+    if any(less(n, 1) for n in size):
+        raise ValueError(f"{name}: x has no pixels, its spatial size is {size[0]} x {size[1]}")
+    if any(less(n, 1) for n in out):
         raise ValueError(
             f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
             f"{size[0]} x {size[1]}"
@@ -346,7 +348,7 @@ def check_operands(
         )
     kh, kw = geometry.kernel_size
     formula = f"deform_groups ({geometry.deform_groups}) * kernel {kh} * {kw}"
-    hint = "; mmcv's version 2 does not check it: jax_dcn.mmcv.nn.reread gives what it reads"
+    hint = "; mmcv's version 2 does not check it: jax_dcn.mmcv.nn.reread gives what it reads of larger ones"
     common = (batch, out, data_format, "" if mask is None else hint)
     _check_per_pixel(name, "offset", offset, geometry.offset_channels, f"{formula} * 2", *common)
     if mask is not None:

@@ -13,7 +13,8 @@ from flax import nnx
 from support.models_golden import GoldenModel
 
 from jax_dcn import mmcv
-from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, ConvModule, Linear, Scale
+from jax_dcn.mmcv.nn import BatchNorm2d, Conv2d, ConvModule, Linear, Scale, Sequential
+from jax_dcn.mmcv.nn.parameters import freeze_parameters
 
 torch = pytest.importorskip("torch")
 
@@ -141,7 +142,7 @@ def test_gradients_and_calls(data_format):
     }
     assert comparison.unmatched == ("relu",)
     text = str(comparison)
-    assert "submodules of torch that have none of their name here (1): relu" in text
+    assert "submodules of torch without a counterpart here (1): relu" in text
     assert text.endswith("nothing differs")
 
 
@@ -284,6 +285,104 @@ def test_an_error_of_the_port_says_what_came_before():
     assert "* conv" in note
     assert "shape (2, 7, 8, 8) here, the first that differs" in note
     assert "scale" not in note
+
+
+def test_an_error_in_the_middle_of_calls_and_without_weights():
+    """A layer that is shared is compared as far as it was called, and what was not loaded is told."""
+
+    class Broken(Small):
+        def __call__(self, x):
+            self.scale(nnx.relu(self.bn(self.conv(x))))
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as caught:
+        mmcv.compare(Broken(), TorchSmall(), X)
+    (note,) = caught.value.__notes__
+    assert "scale (call 2)" not in note
+    assert "only one of them has (2): conv.weight, conv.bias" in note
+
+
+def test_an_error_of_the_gradient_says_what_came_before():
+    class Constant(Small):
+        def __call__(self, x):
+            return super().__call__(x) | {"more": jnp.asarray(np.asarray(self.conv(x)))}
+
+    class TorchConstant(TorchSmall):
+        def forward(self, x):
+            return super().forward(x) | {"more": self.conv(x)}
+
+    original = TorchConstant()
+    with pytest.raises(jax.errors.TracerArrayConversionError) as caught:
+        mmcv.compare(ported(Constant, original), original, X)
+    note = next(note for note in caught.value.__notes__ if note.startswith("compare:"))  # among JAX's own
+    assert note.startswith("compare: this is of the gradients. What came before:\noutputs")
+    assert note.endswith("nothing differs")
+
+
+def test_an_infinite_gradient_hides_no_other():
+    class Rooted(Small):
+        def __call__(self, x):
+            y = self.conv(x)
+            return 0.1 * y + jax.lax.stop_gradient(0.9 * y), jnp.sqrt(self.scale.scale[...])
+
+    class TorchRooted(TorchSmall):
+        def forward(self, x):
+            return self.conv(x), self.scale.scale.sqrt()
+
+    original = TorchRooted()
+    original.scale.scale.data.zero_()
+    comparison = mmcv.compare(ported(Rooted, original), original, X)
+    errors = {row.name: row.error for row in comparison.gradients}
+    np.testing.assert_allclose(errors["conv.weight"], 0.9, rtol=1e-4)
+    assert errors["scale.scale"] == 0
+
+
+def test_a_container_that_only_one_side_calls():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = Sequential(Linear(4, 5, rngs=nnx.Rngs(0)), Linear(5, 2, rngs=nnx.Rngs(1)))
+
+        def __call__(self, x):
+            return self.layers(x)
+
+    class Original(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    class Loop(Model):
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    class Whole(Original):
+        def forward(self, x):
+            return self.layers(x)
+
+    x = np.ones((3, 4), np.float32)
+    for build, original, unmatched in ((Model, Original(), ()), (Loop, Whole(), ("layers",))):
+        comparison = mmcv.compare(ported(build, original), original, x)
+        assert comparison.agrees, str(comparison)
+        assert comparison.unmatched == unmatched
+
+
+def test_what_torch_does_not_train():
+    module, original = small()
+    original.bn.weight.requires_grad_(False)
+    comparison = mmcv.compare(module, original, X)
+    assert {row.name: row.note for row in comparison.gradients if row.note} == {"bn.weight": "not trained in torch"}
+    freeze_parameters(module.conv)
+    comparison = mmcv.compare(module, original.requires_grad_(True), X)
+    assert {row.name: row.note for row in comparison.gradients if row.note} == {
+        "conv.weight": "not trained here",
+        "conv.bias": "not trained here",
+    }
 
 
 def test_a_bare_conv_module_of_either_format(data_format):

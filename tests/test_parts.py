@@ -212,6 +212,10 @@ def test_symbolic_sizes():
     for call, message in (
         (lambda x: interpolate(x, 7), "interpolate: a symbolic size can only be multiplied by an integer"),
         (lambda x: interpolate(x, scale_factor=2, mode="bilinear"), "interpolate: a symbolic size can only be"),
+        (
+            lambda x: interpolate(x, scale_factor=1.5),
+            "interpolate: a symbolic size, h, can only be",
+        ),
         (lambda x: adaptive_avg_pool2d(x, 3), "adaptive_avg_pool2d: a symbolic size, h, can only be averaged whole"),
         (lambda x: reread(x, 3), "reread: height and width must not be symbolic, got h x w"),
     ):
@@ -242,6 +246,13 @@ def test_16_bit_batch_norm_keeps_its_dtype():
     assert norm(x.astype(jnp.float32)).dtype == jnp.float32
 
 
+def test_training_at_any_size():
+    norm = BatchNorm2d(4, rngs=rngs())
+    n, h, w = jax.export.symbolic_shape("n, h, w")
+    x = jax.ShapeDtypeStruct((n, h, w, 4), jnp.float32)
+    assert nnx.eval_shape(lambda norm, x: norm(x), norm, x).shape == (n, h, w, 4)
+
+
 def test_a_batch_of_nothing_leaves_no_statistics():
     norm = BatchNorm2d(3, rngs=rngs())
     before = mmcv.to_state_dict(norm)
@@ -255,7 +266,7 @@ def test_sizes_of_jax_and_numpy():
 
 
 def test_large_means_do_not_drown_the_variance():
-    """Flax's default, the mean of squares less the square of the mean, has no correct digit here."""
+    """Flax's default, the mean of squares less the square of the mean, keeps one digit here."""
     x = jnp.asarray(1e3 + normal(2, 5, 6, 8))
     exact = np.asarray(x, np.float64)
     grouped = exact.reshape(2, 30, 2, 4)
@@ -490,6 +501,23 @@ def rngs():
             ValueError,
             r"Conv2d: padding \(\(3, 3\), \(3, 3\)\) is too large for padding_mode 'reflect' and an image of 3 x 9",
         ),
+        (
+            lambda: Conv2d(4, 2, 7, padding=1, padding_mode="reflect", rngs=rngs())(jnp.ones((1, 3, 9, 4))),
+            ValueError,
+            "Conv2d: the output would have no pixels, its size would be 0 x 5 for an input of 3 x 9",
+        ),
+        (
+            lambda: Conv2d(4, 2, 3, padding=2, rngs=rngs())(jnp.ones((1, 0, 3, 4))),
+            ValueError,
+            "Conv2d: x has no pixels, its spatial size is 0 x 3",
+        ),
+        (lambda: interpolate(jnp.ones((1, 0, 3, 4)), 5), ValueError, "interpolate: x has no pixels"),
+        (
+            lambda: BatchNorm2d(4, affine=False, rngs=rngs())(jnp.ones((1, 2, 2, 4), jnp.int32)),
+            TypeError,
+            "BatchNorm2d: x has dtype int32, expected one of float32",
+        ),
+        (lambda: Conv2d(4, 2, 3, deformable_groups=2, rngs=rngs()), TypeError, "unexpected keyword argument"),
         (lambda: Conv2d(4, 2, 3, padding_mode=[1], rngs=rngs()), ValueError, "padding_mode must be one of"),
         (lambda: Conv2d(4, 2, 3, rngs=rngs())(None), TypeError, "Conv2d: x must be an array, got NoneType"),
         (lambda: max_pool2d([1.0], 2), TypeError, "max_pool2d: x must be an array, got list"),

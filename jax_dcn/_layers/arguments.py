@@ -26,7 +26,8 @@ class MmcvArguments:
 
         def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
             for name in cls._OTHER_NAMES.keys() & keywords:
-                if name not in inspect.signature(cls.__init__).parameters:  # a derived class may have it
-                    ours = cls._OTHER_NAMES[name]
+                # A derived class may take other arguments.
+                taken, ours = inspect.signature(cls.__init__).parameters, cls._OTHER_NAMES[name]
+                if name not in taken and ours in taken:
                     raise TypeError(f"{cls.__name__}: the argument {name} is called {ours} here, as in torch and mmcv")
             return super().__new__(cls)

@@ -37,8 +37,8 @@ class Row:
         a submodule's name for what the whole module returned.
       shape: torch's.
       error: the largest difference, relative to torch's largest absolute value, for a gradient at least a hundredth of
-        that of all gradients, since many are zero but for rounding (of a bias before a normalization, say). NaN where
-        there is nothing to compare.
+        that of all gradients, since many are zero but for rounding (of a bias before a normalization, say). Infinite
+        where one has infinities or NaNs and the other has not, NaN where there is nothing to compare.
       note: why not.
     """
 
@@ -57,7 +57,8 @@ class Comparison:
       gradients: those of torch's parameters.
       weights: the names of parameters and statistics whose values differ, which one of them has and the other has not
         among them; in training also those that differ only afterwards.
-      unmatched: the submodules called in torch that have none of their name here, such as activations.
+      unmatched: the submodules called in torch that have none of their name here, such as activations, and those
+        without parameters of their own that are not called here, such as containers.
       tolerance: of the relative error, above which something differs.
     """
 
@@ -96,7 +97,7 @@ class Comparison:
                 )
         for title, listed in (
             ("weights that differ, or that only one of them has", self.weights),
-            ("submodules of torch that have none of their name here", self.unmatched),
+            ("submodules of torch without a counterpart here", self.unmatched),
         ):
             if listed:
                 more = f" and {len(listed) - _LISTED} more" * (len(listed) > _LISTED)
@@ -137,7 +138,8 @@ def compare(
 
     Raises:
       ImportError: torch is missing.
-      TypeError: a module of another kind, or an abstract one.
+      TypeError: a module of another kind, or an abstract one, or an original that returns no arrays.
+      ValueError: another data_format.
     """
     try:
         import torch
@@ -168,39 +170,51 @@ def compare(
     if not expected:
         raise TypeError("compare: torch_module must return arrays, in lists, tuples or dicts if there are several")
     ours = [_mapped(to_jax, value) for value in inputs]
-    # A ModuleList has no forward.
-    callables = {n for n, m in torch_module.named_modules() if type(m).forward is not torch.nn.Module.forward}
-    calls = _calls_of(module, callables)
+    parts = dict(torch_module.named_modules())
+    calls = _room_for_calls(module, {name for name, part in parts.items() if _has_forward(part)})
+    weighty = {name for name, part in parts.items() if [*part.parameters(recurse=False), *part.buffers(recurse=False)]}
+
+    def so_far(torch_calls: Sequence[tuple[str, Arrays]]) -> Comparison:
+        rows, unmatched = _output_rows(torch_calls, calls, weighty)
+        return Comparison(tuple(rows), (), weights, tuple(unmatched), tolerance)
+
     try:
         with _PATCHING, _recorded(module, calls):
             actual = _arrays(module(*ours))
     except Exception as error:
-        rows, _ = _output_rows([(name, arrays) for name, arrays in torch_calls if calls.get(name)], calls)
-        so_far = Comparison(tuple(rows), (), (), (), tolerance)
-        error.add_note(f"compare: this is the port's. What it had done before:\n{so_far}")
+        error.add_note(f"compare: this is the port's. What it had done before:\n{so_far(_reached(torch_calls, calls))}")
         raise
-    outputs, unmatched = _output_rows(torch_calls, calls)
     if training:
         weights = tuple(dict.fromkeys([*weights, *_weights_that_differ(module, torch_module, tolerance)]))
+    comparison = so_far(torch_calls)
+    if actual.keys() != expected.keys() or not all(_layouts(actual[key], a.shape) for key, a in expected.items()):
+        return comparison
 
-    gradients: list[Row] = []
-    if actual.keys() == expected.keys() and all(_layouts(actual[key], a.shape) for key, a in expected.items()):
-        rng = np.random.default_rng(0)
-        factors = {key: rng.normal(size=array.shape) for key, array in expected.items()}
+    rng = np.random.default_rng(0)
+    factors = {key: rng.normal(size=array.shape) for key, array in expected.items()}
+    # In the layout in which the outputs were closer.
+    moved = {key: _closer(np.asarray(actual[key]), _numpy(array))[1] for key, array in expected.items()}
+    weighted = {key: _channels_last(factor) if moved[key] else factor for key, factor in factors.items()}
+
+    def loss(module: Any) -> jax.Array:
+        arrays = _arrays(module(*ours))
+        return sum((jnp.sum(a * weighted[key].astype(a.dtype)) for key, a in arrays.items()), jnp.zeros(()))
+
+    try:
         torch_grads = _torch_gradients(torch_module, expected, factors)
-        # In the layout in which the outputs were closer.
-        moved = {key: _closer(np.asarray(actual[key]), _numpy(array))[1] for key, array in expected.items()}
+        state = nnx.grad(loss)(nnx.clone(module)) if torch_grads else {}
+    except Exception as error:
+        error.add_note(f"compare: this is of the gradients. What came before:\n{comparison}")
+        raise
+    grads = to_state_dict(state, names=torch_module.state_dict(), like=module)
+    return dataclasses.replace(comparison, gradients=tuple(_gradient_rows(torch_grads, grads)))
 
-        def loss(module: Any) -> jax.Array:
-            arrays = _arrays(module(*ours))
-            weighted = {key: _channels_last(factors[key]) if moved[key] else factors[key] for key in arrays}
-            return sum((jnp.sum(a * weighted[key].astype(a.dtype)) for key, a in arrays.items()), jnp.zeros(()))
 
-        grads = to_state_dict(nnx.grad(loss)(nnx.clone(module)), names=torch_grads, like=module)
-        floor = 0.01 * max((float(np.abs(grad).max(initial=0)) for grad in torch_grads.values()), default=0)
-        for name, grad in torch_grads.items():
-            gradients += _rows(name, {"": grad}, {"": grads[name]} if name in grads else {}, floor)
-    return Comparison(tuple(outputs), tuple(gradients), weights, tuple(unmatched), tolerance)
+def _has_forward(part: Any) -> bool:
+    """A ModuleList has none."""
+    import torch
+
+    return type(part).forward is not torch.nn.Module.forward
 
 
 def _run_torch(module: Any, inputs: Sequence[Any]) -> tuple[Arrays, list[tuple[str, Arrays]]]:
@@ -234,7 +248,7 @@ def _torch_gradients(module: Any, outputs: Arrays, factors: Arrays) -> dict[str,
     }
 
 
-def _calls_of(module: Any, wanted: Set[str]) -> dict[str, list[Arrays]]:
+def _room_for_calls(module: Any, wanted: Set[str]) -> dict[str, list[Arrays]]:
     """Room for what the calls of the submodules return, by those names in torch that can be called here."""
     return {
         name: []
@@ -295,17 +309,30 @@ def _weights_that_differ(module: Any, torch_module: Any, tolerance: float) -> tu
     return tuple(name for name in dict.fromkeys([*expected, *actual]) if not same(name))
 
 
-def _output_rows(
+def _reached(
     torch_calls: Sequence[tuple[str, Arrays]], calls: Mapping[str, Sequence[Arrays]]
+) -> list[tuple[str, Arrays]]:
+    """Those of torch's calls that the port has come to."""
+    done: collections.Counter[str] = collections.Counter()
+    reached = []
+    for name, arrays in torch_calls:
+        done[name] += 1
+        if done[name] <= len(calls.get(name, ())):
+            reached.append((name, arrays))
+    return reached
+
+
+def _output_rows(
+    torch_calls: Sequence[tuple[str, Arrays]], calls: Mapping[str, Sequence[Arrays]], weighty: Set[str]
 ) -> tuple[list[Row], list[str]]:
-    """The rows, call by call, and the names that are not among those of the port."""
+    """The rows, call by call, and the names without a counterpart. `weighty` have parameters of their own."""
     rows: list[Row] = []
     unmatched: dict[str, None] = {}
     counts = collections.Counter(name for name, _ in torch_calls)
     done: collections.Counter[str] = collections.Counter()
     for name, arrays in torch_calls:
         done[name] += 1
-        if name not in calls:
+        if name not in calls or (not calls[name] and name not in weighty):
             unmatched[name] = None
             continue
         label = f"{name} (call {done[name]})" if counts[name] > 1 else name
@@ -316,11 +343,26 @@ def _output_rows(
             rows.append(Row(label, shape, math.nan, "not called here, or inside of a transformation"))
         if done[name] == counts[name] and len(calls[name]) > counts[name]:
             rows.append(Row(label, (), math.nan, f"called {len(calls[name])} times here, {counts[name]} in torch"))
-    rows += [Row(name, (), math.nan, "not called in torch") for name in calls if calls[name] and not counts[name]]
+    only_here = [name for name in calls if calls[name] and not counts[name] and name in weighty]
+    rows += [Row(name, (), math.nan, "not called in torch") for name in only_here]
     return rows, list(unmatched)
 
 
-def _rows(name: str, expected: Arrays, actual: Arrays, floor: float = 0) -> Iterator[Row]:
+def _gradient_rows(expected: Arrays, actual: Arrays) -> Iterator[Row]:
+    finite = [np.abs(grad[np.isfinite(grad)]).max(initial=0) for grad in expected.values()]
+    floor = 0.01 * float(max(finite, default=0))
+    for name in dict.fromkeys([*expected, *actual]):
+        grad, of_ours = expected.get(name), actual.get(name)
+        if grad is None or of_ours is None:
+            note = "not trained in torch" if grad is None else "not trained here"
+            yield Row(name, {**actual, **expected}[name].shape, math.nan, note)
+        elif of_ours.shape != grad.shape:
+            yield Row(name, grad.shape, math.nan, f"shape {of_ours.shape} here")
+        else:
+            yield Row(name, grad.shape, _error(of_ours, grad, floor))
+
+
+def _rows(name: str, expected: Arrays, actual: Arrays) -> Iterator[Row]:
     for key in dict.fromkeys([*expected, *actual]):
         array, of_ours = expected.get(key), actual.get(key)
         shape, error, note = tuple({**actual, **expected}[key].shape), math.nan, ""
@@ -333,7 +375,7 @@ def _rows(name: str, expected: Arrays, actual: Arrays, floor: float = 0) -> Iter
         elif not _layouts(of_ours, array.shape):
             note = f"shape {tuple(of_ours.shape)} here"
         else:
-            error, _ = _closer(np.asarray(of_ours), array, floor)
+            error, _ = _closer(np.asarray(of_ours), array)
         yield Row(name + key, shape, error, note)
 
 
@@ -343,10 +385,10 @@ def _layouts(array: Any, shape: tuple[int, ...]) -> list[bool]:
     return [move for move, its in ((False, tuple(array.shape)), (True, moved)) if its == tuple(shape)]
 
 
-def _closer(actual: np.ndarray, expected: np.ndarray, floor: float = 0) -> tuple[float, bool]:
+def _closer(actual: np.ndarray, expected: np.ndarray) -> tuple[float, bool]:
     """The error, and whether the channels have moved, in the layout where it is smaller."""
     return min(
-        (_error(np.moveaxis(actual, -1, -3) if move else actual, expected, floor), move)
+        (_error(np.moveaxis(actual, -1, -3) if move else actual, expected), move)
         for move in _layouts(actual, expected.shape)
     )
 

@@ -61,6 +61,7 @@ def interpolate(
             raise ValueError(f"{name}: scale_factor must be a positive number or a pair, got {scale_factor!r}")
         after = _to_size(name, "the size", [_scaled(n, factor) for n, factor in zip(before, factors, strict=True)])
         steps = [1 / factor for factor in factors]
+    check_output(name, before, after)
     result_dtype, dtype = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
     if mode == "bilinear":
         x = x.astype(dtype)
@@ -74,8 +75,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _scaled(size: Any, factor: float) -> Any:
-    """Rounded down. A symbolic size can only be multiplied by an integer."""
-    return size * int(factor) if float(factor).is_integer() else math.floor(size * factor)
+    """Rounded down."""
+    if float(factor).is_integer():
+        return size * int(factor)
+    if jax.export.is_symbolic_dim(size):
+        raise ValueError(f"interpolate: a symbolic size, {size}, can only be multiplied by an integer, got {factor}")
+    return math.floor(size * factor)
 
 
 def _to_size(name: str, argument: str, size: Any) -> tuple[Any, Any]:

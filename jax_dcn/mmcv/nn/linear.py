@@ -136,19 +136,20 @@ class Conv2d(MmcvArguments, nnx.Conv):
         return channels_last(self._convolve, x, self.data_format)
 
     def _convolve(self, x: jax.Array) -> jax.Array:
+        size = x.shape[-3:-1]
         if self.padding_mode != "zeros":
             if self.padding_mode != "replicate":
                 # jax.numpy.pad goes back and forth as often as it takes, torch refuses.
-                most = [n - (self.padding_mode == "reflect") for n in x.shape[-3:-1]]
+                most = [n - (self.padding_mode == "reflect") for n in size]
                 if any(less(n, max(sides)) for sides, n in zip(self._sides, most, strict=True)):
                     raise ValueError(
                         f"{type(self).__name__}: padding {self._sides} is too large for padding_mode "
-                        f"{self.padding_mode!r} and an image of {x.shape[-3]} x {x.shape[-2]}"
+                        f"{self.padding_mode!r} and an image of {size[0]} x {size[1]}"
                     )
             widths = ((0, 0),) * (x.ndim - 3) + self._sides + ((0, 0),)
             x = jnp.pad(x, widths, mode=_PADDING_MODES[self.padding_mode])
         y = super().__call__(x)
-        check_output(type(self).__name__, x.shape[-3:-1], y.shape[-3:-1])
+        check_output(type(self).__name__, size, y.shape[-3:-1])
         return y
 
 

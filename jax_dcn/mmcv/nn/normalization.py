@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_dcn._checks import check_array, check_bool, check_data_format, check_images, to_count
+from jax_dcn._checks import check_array, check_bool, check_data_format, check_images, to_array, to_count
 from jax_dcn._layers.arguments import MmcvArguments
 from jax_dcn.mmcv.nn.formats import channels_last
 
@@ -75,6 +75,9 @@ class BatchNorm2d(MmcvArguments, nnx.BatchNorm):
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # torch's has no other arguments
         """Normalises x, and in training without norm_eval takes its statistics into the running ones."""
         check_images(type(self).__name__, x, self.data_format, self.num_features, "num_features", least=2)
+        x = to_array(type(self).__name__, "x", x)
+        if math.prod(x.shape) == self.num_features and not (self.norm_eval or self.use_running_average):
+            raise ValueError(f"{type(self).__name__}: in training x must have more than one pixel, got {x.shape}")
         return channels_last(self._normalize, x, self.data_format)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
@@ -84,11 +87,9 @@ class BatchNorm2d(MmcvArguments, nnx.BatchNorm):
         count = math.prod(x.shape[:-1])
         if self.norm_eval or self.use_running_average or count == 0:  # of nothing there are no statistics
             return super().__call__(x, use_running_average=True).astype(dtype)
-        if count == 1:
-            raise ValueError(f"{type(self).__name__}: in training x must have more than one pixel, got {x.shape}")
         before = self.momentum * self.var[...]
         y = super().__call__(x, use_running_average=False).astype(dtype)
-        self.var[...] = before + (self.var[...] - before) * (count / max(count - 1, 1))
+        self.var[...] = before + (self.var[...] - before) * (count / (count - 1))
         self.num_batches_tracked[...] += 1
         return y
 
