@@ -18,6 +18,7 @@ from support.tolerances import assert_close
 
 import jax_dcn
 from jax_dcn import linen, mmcv
+from jax_dcn.mmcv.nn import adaptive_avg_pool2d, interpolate, max_pool2d
 from jax_dcn.models import FPN, ResNet
 
 pytest.importorskip("jax2onnx")
@@ -283,6 +284,21 @@ def test_fpn():
     fpn = mmcv.load_into(FPN(**golden.config, rngs=nnx.Rngs(0)), golden.state_dict)
     model = exported(lambda *maps: fpn(maps), golden.inputs)
     assert max(relative_errors(run(model, *golden.inputs), golden.outputs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: interpolate(x, (13, 20)),
+        lambda x: interpolate(x, scale_factor=2),
+        lambda x: interpolate(x, (13, 20), mode="bilinear", align_corners=True),
+        lambda x: max_pool2d(x, 3, 2, 1),
+        lambda x: adaptive_avg_pool2d(x, (3, 4)),
+    ],
+)
+def test_functions_of_images(function):
+    x = np.random.default_rng(0).normal(size=(1, 7, 9, 4)).astype(np.float32)
+    assert_close(run(exported(function, [x]), x)[0], function(x))
 
 
 # --- the module ---

@@ -112,7 +112,8 @@ def _resized(
         if target % source == 0 and np.array_equal(neighbours, np.arange(target) // (target // source)):
             # A broadcast, whose gradient is a sum, and takes a fifth of the time of a gather's, a scatter.
             return jnp.repeat(x, target // source, axis=axis)
-        return jnp.take(x, neighbours, axis=axis, mode="clip")
+        # Of jnp.take, here and below, jax2onnx exports only the default mode.
+        return jnp.take(x, neighbours, axis=axis)
     if align_corners:
         position = index * dtype.type((source - 1) / (target - 1) if target > 1 else 0)
     else:
@@ -121,8 +122,8 @@ def _resized(
     first = np.minimum(position.astype(int), source - 1)
     weight = np.clip(position - first.astype(dtype), 0, 1)
     weight = np.expand_dims(weight, tuple(i for i in range(x.ndim) if i != axis % x.ndim))
-    last = jnp.take(x, np.minimum(first + 1, source - 1), axis=axis, mode="clip")
-    return jnp.take(x, first, axis=axis, mode="clip") * (1 - weight) + last * weight
+    last = jnp.take(x, np.minimum(first + 1, source - 1), axis=axis)
+    return jnp.take(x, first, axis=axis) * (1 - weight) + last * weight
 
 
 def max_pool2d(
