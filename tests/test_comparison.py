@@ -372,6 +372,37 @@ def test_a_container_that_only_one_side_calls():
         assert comparison.unmatched == unmatched
 
 
+def test_layers_in_several_places():
+    """Of both, or of the port alone, whose second name is told once."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = Linear(4, 4, rngs=nnx.Rngs(0))
+            self.second = self.first
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    class Original(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.first(self.first(x))
+
+    original, x = Original(), np.ones((3, 4), np.float32)
+    module = ported(Model, original)
+    comparison = mmcv.compare(module, original, x)
+    assert comparison.agrees, str(comparison)
+    assert len(comparison.gradients) == 4
+    del original.second
+    comparison = mmcv.compare(module, original, x)
+    assert set(comparison.weights) == {"second.weight", "second.bias"}
+    assert not any(map(comparison.differs, comparison.outputs + comparison.gradients))
+
+
 def test_what_torch_does_not_train():
     module, original = small()
     original.bn.weight.requires_grad_(False)

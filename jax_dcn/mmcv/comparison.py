@@ -206,7 +206,9 @@ def compare(
     except Exception as error:
         error.add_note(f"compare: this is of the gradients. What came before:\n{comparison}")
         raise
-    grads = to_state_dict(state, names=torch_module.state_dict(), like=module)
+    # What only the port has is among the weights that differ.
+    names = torch_module.state_dict()
+    grads = {name: grad for name, grad in to_state_dict(state, names=names, like=module).items() if name in names}
     return dataclasses.replace(comparison, gradients=tuple(_gradient_rows(torch_grads, grads)))
 
 
@@ -236,7 +238,9 @@ def _run_torch(module: Any, inputs: Sequence[Any]) -> tuple[Arrays, list[tuple[s
 def _torch_gradients(module: Any, outputs: Arrays, factors: Arrays) -> dict[str, np.ndarray]:
     import torch
 
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    # Under all of their names, as the port's.
+    named = module.named_parameters(remove_duplicate=False)
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     with torch.enable_grad():
         terms = [(a * torch.tensor(factors[key]).to(a)).sum() for key, a in outputs.items() if a.requires_grad]
         if not trained or not terms:
