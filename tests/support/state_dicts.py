@@ -1,6 +1,9 @@
-"""State dicts as torch has them."""
+"""State dicts as torch has them, and a layer for one."""
 
 import numpy as np
+from flax import nnx
+
+import jax_dcn
 
 C_IN, C_OUT = 4, 6
 
@@ -17,3 +20,13 @@ def pack(prefix="", offset="conv_offset", channels=27, bias=False):
         f"{prefix}{offset}.bias": 0.1 * normal(channels, seed=3),
     }
     return arrays | ({f"{prefix}bias": normal(C_OUT, seed=4)} if bias else {})
+
+
+def layer():
+    """Which `pack` fills."""
+    return jax_dcn.nnx.ModulatedDeformConv2dPack(C_IN, C_OUT, 3, bias=False, rngs=nnx.Rngs(0))
+
+
+def messages(caplog):
+    """What jax_dcn.mmcv has logged."""
+    return [record.getMessage() for record in caplog.records if record.name == "jax_dcn.mmcv"]
