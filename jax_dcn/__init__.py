@@ -4,8 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_dcn._operator.native import show_config as show_config
+from jax_dcn.functional import dcnv3 as dcnv3
+from jax_dcn.functional import dcnv4 as dcnv4
 from jax_dcn.functional import deform_conv2d as deform_conv2d
 from jax_dcn.functional import modulated_deform_conv2d as modulated_deform_conv2d
+from jax_dcn.functional import multi_scale_deformable_attention as multi_scale_deformable_attention
 from jax_dcn.version import __version__ as __version__
 
 if TYPE_CHECKING:

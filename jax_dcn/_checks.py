@@ -6,12 +6,15 @@ Everything behind the public functions may assume operands that passed `check_op
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -209,13 +212,9 @@ def _check_dtypes(name: str, operands: dict[str, Any]) -> None:
             raise TypeError(f"{name}: {argument} has dtype {operand.dtype}, expected x's, {x.dtype}")
 
 
-def _check_ranks(name: str, operands: dict[str, Any]) -> None:
-    for argument, operand in operands.items():
-        rank = 1 if argument == "bias" else 4
-        if operand.ndim != rank:
-            raise ValueError(
-                f"{name}: {argument} has {operand.ndim} dimensions, expected {rank}, in shape {operand.shape}"
-            )
+def _check_rank(name: str, argument: str, operand: Any, rank: int) -> None:
+    if operand.ndim != rank:
+        raise ValueError(f"{name}: {argument} has {operand.ndim} dimensions, expected {rank}, in shape {operand.shape}")
 
 
 def _check_weight(name: str, x: Any, weight: Any, bias: Any, geometry: Geometry, data_format: str) -> None:
@@ -273,10 +272,14 @@ def _check_per_pixel(
     if c != channels:
         other = _other_format(argument, array.shape, data_format, channels)
         raise ValueError(f"{name}: {argument} has {c} channels, expected {channels} = {formula}{other}")
+    _check_spatial_size(name, argument, spatial, out, hint)
+
+
+def _check_spatial_size(name: str, argument: str, size: Sequence[Any], out: Pair, hint: str = "") -> None:
     # JAX's own convolutions, such as a Pack's, do not exclude an output without pixels where sizes are symbolic.
-    if any(size not in (pixels, jax.core.max_dim(pixels, 0)) for size, pixels in zip(spatial, out, strict=True)):
+    if any(n not in (pixels, jax.core.max_dim(pixels, 0)) for n, pixels in zip(size, out, strict=True)):
         raise ValueError(
-            f"{name}: {argument} has spatial size {spatial[0]} x {spatial[1]}, expected that of the output, "
+            f"{name}: {argument} has spatial size {size[0]} x {size[1]}, expected that of the output, "
             f"{out[0]} x {out[1]}{hint}"
         )
 
@@ -287,6 +290,28 @@ def less(size: int, bound: int) -> bool:
         return size < bound
     except core.InconclusiveDimensionOperation:
         return False
+
+
+def _on_image(name: str, geometry: Geometry, padding: CheckedPadding, size: Sequence[Any]) -> tuple[Geometry, Pair]:
+    """The geometry with the padding for an image of this size, and the size of the output."""
+    height, width = size
+    if less(height, 1) or less(width, 1):
+        raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
+    geometry = padded(name, geometry, padding, size)
+    sides = [n + sum(p) for n, p in zip(size, geometry.padding, strict=True)]
+    if any(less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *sides)):
+        raise ValueError(
+            f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
+            f"{height} x {width} with padding {geometry.padding}"
+        )
+    out = geometry.output_size(height, width)
+    if any(less(n, 1) for n in out):
+        raise ValueError(
+            f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
+            f"{height} x {width}, kernel {geometry.kernel_size}, stride {geometry.stride}, "
+            f"padding {geometry.padding}, dilation {geometry.dilation}"
+        )
+    return geometry, out
 
 
 def check_operands(
@@ -313,7 +338,8 @@ def check_operands(
     check_data_format(name, data_format)
     operands = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     operands = {argument: operand for argument, operand in operands.items() if operand is not None}
-    _check_ranks(name, operands)
+    for argument, operand in operands.items():
+        _check_rank(name, argument, operand, 1 if argument == "bias" else 4)
     _check_dtypes(name, operands)
 
     nchw = data_format == "NCHW"
@@ -330,22 +356,7 @@ def check_operands(
     height, width = x.shape[2:] if nchw else x.shape[1:3]
     _check_weight(name, x, weight, bias, geometry, data_format)
 
-    if less(height, 1) or less(width, 1):
-        raise ValueError(f"{name}: x has no pixels, its spatial size is {height} x {width}")
-    geometry = padded(name, geometry, checked, (height, width))
-    sides = [n + sum(p) for n, p in zip((height, width), geometry.padding, strict=True)]
-    if any(less(MAX_PIXELS - 1, n) for n in ((height + 1) * width, *sides)):
-        raise ValueError(
-            f"{name}: an image, its padded height and its padded width must have fewer than 2^31 pixels, got "
-            f"{height} x {width} with padding {geometry.padding}"
-        )
-    out = geometry.output_size(height, width)
-    if any(less(n, 1) for n in out):
-        raise ValueError(
-            f"{name}: the output would have no pixels, its size would be {out[0]} x {out[1]} for an input of "
-            f"{height} x {width}, kernel {geometry.kernel_size}, stride {geometry.stride}, "
-            f"padding {geometry.padding}, dilation {geometry.dilation}"
-        )
+    geometry, out = _on_image(name, geometry, checked, (height, width))
     kh, kw = geometry.kernel_size
     formula = f"deform_groups ({geometry.deform_groups}) * kernel {kh} * {kw}"
     hint = "; mmcv's version 2 does not check it: jax_dcn.mmcv.nn.reread gives what it reads of larger ones"
@@ -354,3 +365,124 @@ def check_operands(
     if mask is not None:
         _check_per_pixel(name, "mask", mask, geometry.mask_channels, formula, *common)
     return geometry
+
+
+def to_scale(name: str, argument: str, value: Any) -> float:
+    """A finite number, of Python or numpy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: {argument} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {argument} must be finite, got {value!r}")
+    return float(value)
+
+
+def _check_groups(name: str, channels: Any, formula: str, argument: str, groups: int, taps: int) -> None:
+    """Checks the channels of an operator without a weight."""
+    if not isinstance(channels, int):
+        raise ValueError(f"{name}: only batch, height, width and queries may be symbolic, got {formula} ({channels})")
+    if channels < 1 or channels % groups:
+        raise ValueError(f"{name}: {formula} ({channels}) must be a positive multiple of {argument} ({groups})")
+    if taps * channels > MAX_WEIGHTS:
+        raise ValueError(f"{name}: {taps} taps times {formula} ({channels}) must be fewer than 2^27")
+
+
+def check_dcnv3(
+    name: str,
+    x: Any,
+    others: Mapping[str, tuple[Any, int]],  # by their names, and how many values of a tap each holds
+    *,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    remove_center: Any,
+) -> tuple[Geometry, int]:
+    """Checks the operands of DCNv3 and DCNv4, and returns their geometry and the number of taps.
+
+    Channels that hold all 3 values of a tap are rounded up to a multiple of 8.
+    """
+    for argument, operand in {"x": x, **{argument: operand for argument, (operand, _) in others.items()}}.items():
+        _check_rank(name, argument, operand, 4)
+    check_bool(name, "remove_center", remove_center)
+    batch, height, width, channels = x.shape
+    checked = to_padding(name, padding)
+    geometry = Geometry(
+        kernel_size=to_pair(name, "kernel_size", kernel_size, 1),
+        stride=to_pair(name, "stride", stride, 1),
+        dilation=to_pair(name, "dilation", dilation, 1),
+        groups=channels,
+        deform_groups=to_count(name, "groups", groups),
+    )
+    kh, kw = geometry.kernel_size
+    if remove_center and (kh != kw or kh % 2 == 0 or kh == 1):
+        raise ValueError(f"{name}: remove_center needs an odd, square kernel_size above 1, got ({kh}, {kw})")
+    _check_groups(name, channels, "C", "groups", geometry.deform_groups, geometry.taps)
+    geometry, out = _on_image(name, geometry, checked, (height, width))
+    taps = geometry.taps - remove_center
+    for argument, (operand, values) in others.items():
+        n, *size, actual = operand.shape
+        expected = geometry.deform_groups * taps * values
+        formula = f"groups ({geometry.deform_groups}) * {taps} taps" + (f" * {values}" if values > 1 else "")
+        if values == 3:
+            expected, formula = -(-expected // 8) * 8, f"{formula}, rounded up to a multiple of 8"
+        if n != batch:
+            raise ValueError(f"{name}: {argument} has batch size {n}, expected x's, {batch}")
+        if actual != expected:
+            raise ValueError(
+                f"{name}: {argument} has {actual} channels, expected {expected} = {formula}, in shape {operand.shape} "
+                "as (N, H_out, W_out, channels)"
+            )
+        _check_spatial_size(name, argument, size, out)
+    return geometry, taps
+
+
+def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
+    """The sizes (height, width) of levels, which are static: of Python, numpy or JAX, or symbolic."""
+    wrong = f"{name}: spatial_shapes must be a sequence of pairs (height, width), known while tracing, got {value!r}"
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(wrong)
+    if not isinstance(value, (tuple, list, np.ndarray, jax.Array)) or len(value) == 0:
+        raise ValueError(wrong)
+
+    def to_size(size: Any) -> int:
+        return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", size)
+
+    levels = [tuple(level) if isinstance(level, (tuple, list, np.ndarray, jax.Array)) else () for level in value]
+    if any(len(level) != 2 for level in levels):
+        raise ValueError(wrong)
+    shapes = tuple((to_size(height), to_size(width)) for height, width in levels)
+    for height, width in shapes:
+        if less(height, 1) or less(width, 1):
+            raise ValueError(f"{name}: spatial_shapes must be at least 1, got {shapes}")
+        if less(MAX_PIXELS - 1, (height + 1) * width):
+            raise ValueError(f"{name}: a level must have fewer than 2^31 pixels, got spatial_shapes {shapes}")
+    return shapes
+
+
+def check_attention(
+    name: str, value: Any, spatial_shapes: Any, sampling_locations: Any, attention_weights: Any
+) -> tuple[Pair, ...]:
+    """Checks the operands of the multi-scale deformable attention, and returns the sizes of its levels."""
+    _check_rank(name, "value", value, 4)
+    _check_rank(name, "sampling_locations", sampling_locations, 6)
+    _check_rank(name, "attention_weights", attention_weights, 5)
+    shapes = to_spatial_shapes(name, spatial_shapes)
+    n, pixels, heads, depth = value.shape
+    if pixels != sum(height * width for height, width in shapes):
+        raise ValueError(
+            f"{name}: value has {pixels} pixels, expected {sum(height * width for height, width in shapes)} = the sum "
+            f"of height * width over spatial_shapes {shapes}"
+        )
+    _, queries, _, _, points, _ = sampling_locations.shape
+    if less(points, 1):
+        raise ValueError(f"{name}: sampling_locations has no points, in shape {sampling_locations.shape}")
+    _check_groups(name, heads * depth, "heads * D", "heads", heads, points)
+    weights_shape = (n, queries, heads, len(shapes), points)
+    for argument, operand, shape, order in (
+        ("sampling_locations", sampling_locations, (*weights_shape, 2), "(N, Q, heads, levels, points, 2)"),
+        ("attention_weights", attention_weights, weights_shape, "(N, Q, heads, levels, points)"),
+    ):
+        if operand.shape != shape:
+            raise ValueError(f"{name}: {argument} has shape {operand.shape}, expected {shape} = {order}")
+    return shapes

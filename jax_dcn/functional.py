@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jax_dcn import _checks
-from jax_dcn._operator import differentiation
+from jax_dcn._operator import differentiation, unweighted
 
 Array = jax.Array | np.ndarray
 
@@ -135,6 +135,141 @@ def modulated_deform_conv2d(
     )
 
 
+def dcnv3(
+    x: Array,
+    offset: Array,
+    mask: Array,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: _checks.PaddingLike = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """The operator of DCNv3 (InternImage, Wang et al. 2022, https://arxiv.org/abs/2211.05778), without its projections.
+
+    `modulated_deform_conv2d` without a weight: every channel is the sum over the taps of its own samples times their
+    mask. The taps run along the width first, so tap (i, j) of a kernel (kh, kw) is number i*kh + j, i along the width.
+    It reads output pixel (ho, wo) at
+
+        x = half_w - left + wo*stride_w + offset_scale * (i*dilation_w - half_w + dx)      half_w = dilation_w*(kw-1)//2
+        y = half_h - top + ho*stride_h + offset_scale * (j*dilation_h - half_h + dy)       half_h = dilation_h*(kh-1)//2
+
+    so that offset_scale stretches the grid too; top and left are the padding there. Which samples count, what they are,
+    and their gradients are as in `deform_conv2d`.
+
+    Args:
+      x: (N, H, W, C), float32, float64, bfloat16 or float16, channels last as in the original.
+      offset: (N, H_out, W_out, groups*K*2), the displacement (dx, dy), not (dy, dx), of every tap, of any of these
+        dtypes. K is kh*kw, or one less with remove_center.
+      mask: (N, H_out, W_out, groups*K), a factor for every sample, used as it is, of any of these dtypes.
+      kernel_size, stride, dilation: an int or a pair (height, width).
+      padding: as in `deform_conv2d`.
+      groups: groups of channels with offsets and masks of their own. C must be a multiple.
+      offset_scale: a number.
+      remove_center: leaves the middle tap of an odd, square kernel out.
+      forward_mode: as in `deform_conv2d`.
+
+    Returns:
+      (N, H_out, W_out, C), of x's dtype, with `deform_conv2d`'s H_out and W_out. Coordinates, interpolation and sums
+      are in float32, in float64 for float64.
+
+    Raises:
+      TypeError: a dtype or an argument of the wrong type.
+      ValueError: shapes that do not fit one another.
+    """
+    return checked_dcnv3(
+        "dcnv3",
+        *(x, offset, mask),
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        offset_scale=offset_scale,
+        remove_center=remove_center,
+        forward_mode=forward_mode,
+    )
+
+
+def dcnv4(
+    x: Array,
+    offset_mask: Array,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: _checks.PaddingLike = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """The operator of DCNv4 (Xiong et al. 2024, https://arxiv.org/abs/2401.06197): `dcnv3` of one array of both.
+
+    Args:
+      offset_mask: (N, H_out, W_out, groups*K*3 rounded up to a multiple of 8), for each group its 2*K offsets and then
+        its K masks, in `dcnv3`'s order. What follows the last group is ignored. The other arguments, the result and
+        the errors are those of `dcnv3`.
+    """
+    return checked_dcnv4(
+        "dcnv4",
+        *(x, offset_mask),
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        offset_scale=offset_scale,
+        remove_center=remove_center,
+        forward_mode=forward_mode,
+    )
+
+
+def multi_scale_deformable_attention(
+    value: Array,
+    spatial_shapes: Sequence[Sequence[int]],
+    sampling_locations: Array,
+    attention_weights: Array,
+    *,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """Multi-scale deformable attention (Deformable DETR, Zhu et al. 2020, https://arxiv.org/abs/2010.04159).
+
+    The operator of `mmcv.ops.MultiScaleDeformableAttention`, without its projections: every query and head sums some
+    samples, of all levels, times their weights. A location u in [0, 1] of a level of h by w pixels is the coordinate
+    u*w - 0.5, or u*h - 0.5, in pixels; any other location is allowed. Which samples count, what they are, and their
+    gradients are as in `deform_conv2d`.
+
+    Args:
+      value: (N, S, heads, D), the pixels of all levels one after another, in rows, S the sum of h*w over the levels;
+        float32, float64, bfloat16 or float16.
+      spatial_shapes: the size (h, w) of every level, static: integers, not traced arrays.
+      sampling_locations: (N, Q, heads, levels, points, 2), each (x, y), of any of these dtypes.
+      attention_weights: (N, Q, heads, levels, points), used as they are, of any of these dtypes.
+      forward_mode: as in `deform_conv2d`.
+
+    Returns:
+      (N, Q, heads*D), of value's dtype. Coordinates, interpolation and sums, those over the levels too, are in float32,
+      in float64 for float64.
+
+    Raises:
+      TypeError: a dtype or an argument of the wrong type.
+      ValueError: shapes that do not fit one another.
+    """
+    return checked_attention(
+        "multi_scale_deformable_attention",
+        *(value, spatial_shapes, sampling_locations, attention_weights),
+        forward_mode=forward_mode,
+    )
+
+
+# --- for the layers, whose own names their errors begin with ---
+
+
 def checked_deform_conv2d(
     name: str,
     x: Any,
@@ -148,7 +283,7 @@ def checked_deform_conv2d(
     forward_mode: bool,
     **sizes: Any,
 ) -> jax.Array:
-    """The operator, once all has been checked. Errors begin with `name`, that of a public function or layer."""
+    """`deform_conv2d`, once all has been checked. Errors begin with `name`."""
     _checks.check_bool(name, "forward_mode", forward_mode)
     x, offset, weight = (
         _checks.to_array(name, argument, value)
@@ -163,5 +298,64 @@ def checked_deform_conv2d(
         forward_mode=forward_mode,
         geometry=geometry,
         precision=_checks.to_precision(name, precision),
+        implementation=_checks.implementation(),
+    )
+
+
+def checked_dcnv3(
+    name: str, x: Any, offset: Any, mask: Any, *, offset_scale: Any, forward_mode: Any, **sizes: Any
+) -> jax.Array:
+    """`dcnv3`, once all has been checked. Errors begin with `name`."""
+    _checks.check_bool(name, "forward_mode", forward_mode)
+    scale = _checks.to_scale(name, "offset_scale", offset_scale)
+    x = _checks.to_array(name, "x", x)
+    offset = _checks.to_array(name, "offset", offset)
+    mask = _checks.to_array(name, "mask", mask)
+    geometry, taps = _checks.check_dcnv3(name, x, {"offset": (offset, 2), "mask": (mask, 1)}, **sizes)
+    by_tap = (*mask.shape[:3], geometry.deform_groups, taps)
+    return unweighted.dcnv3(
+        *(x, offset.reshape(*by_tap, 2), mask.reshape(by_tap)),
+        offset_scale=scale,
+        geometry=geometry,
+        forward_mode=forward_mode,
+        implementation=_checks.implementation(),
+    )
+
+
+def checked_dcnv4(
+    name: str, x: Any, offset_mask: Any, *, offset_scale: Any, forward_mode: Any, **sizes: Any
+) -> jax.Array:
+    """`dcnv4`, once all has been checked. Errors begin with `name`."""
+    _checks.check_bool(name, "forward_mode", forward_mode)
+    scale = _checks.to_scale(name, "offset_scale", offset_scale)
+    x = _checks.to_array(name, "x", x)
+    offset_mask = _checks.to_array(name, "offset_mask", offset_mask)
+    geometry, taps = _checks.check_dcnv3(name, x, {"offset_mask": (offset_mask, 3)}, **sizes)
+    by_group = (*offset_mask.shape[:3], geometry.deform_groups, taps * 3)
+    groups = offset_mask[..., : geometry.deform_groups * taps * 3].reshape(by_group)
+    return unweighted.dcnv3(
+        x,
+        groups[..., : taps * 2].reshape(*by_group[:4], taps, 2),
+        groups[..., taps * 2 :],
+        offset_scale=scale,
+        geometry=geometry,
+        forward_mode=forward_mode,
+        implementation=_checks.implementation(),
+    )
+
+
+def checked_attention(
+    name: str, value: Any, spatial_shapes: Any, sampling_locations: Any, attention_weights: Any, *, forward_mode: Any
+) -> jax.Array:
+    """`multi_scale_deformable_attention`, once all has been checked. Errors begin with `name`."""
+    _checks.check_bool(name, "forward_mode", forward_mode)
+    value = _checks.to_array(name, "value", value)
+    locations = _checks.to_array(name, "sampling_locations", sampling_locations)
+    weights = _checks.to_array(name, "attention_weights", attention_weights)
+    shapes = _checks.check_attention(name, value, spatial_shapes, locations, weights)
+    return unweighted.multi_scale_deformable_attention(
+        *(value, locations, weights),
+        spatial_shapes=shapes,
+        forward_mode=forward_mode,
         implementation=_checks.implementation(),
     )

@@ -19,6 +19,7 @@ ROOMS = (
     ("functional", "onnx", "plot"),
     ("_checks",),
     ("_operator",),
+    ("_operator.unweighted",),
     ("_operator.differentiation",),
     ("_operator.primitives",),
     ("_operator.batching", "_operator.partitioning", "_operator.lowering"),
@@ -31,7 +32,7 @@ LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 # What rooms above the operator may import from it, besides the geometry.
 ENTRANCES = {
     "": {"_operator.native"},  # show_config
-    "functional": {"_operator.differentiation"},
+    "functional": {"_operator.differentiation", "_operator.unweighted"},
     "onnx": {"_operator.primitives"},
 }
 

@@ -19,7 +19,7 @@ def deform_conv2d(
     x: jax.Array,
     offset: jax.Array,
     mask: jax.Array | None,
-    weight: jax.Array,
+    weight: jax.Array | None,  # None: the samples of a channel are summed over the taps, and there is no bias
     bias: jax.Array | None,
     *,
     forward_mode: bool,
@@ -35,10 +35,10 @@ def deform_conv2d(
     return _deform_conv2d(static, *operands)
 
 
-def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array, geometry: Geometry) -> jax.Array | None:
+def _sharded_as_outputs(bias: jax.Array | None, weight: jax.Array | None, geometry: Geometry) -> jax.Array | None:
     """The bias sharded as the weight's C_out on a mesh with explicit axes, as the type of its gradient is."""
-    if bias is None:
-        return None
+    if bias is None or weight is None:
+        return bias
     sharding = jax.typeof(weight).sharding
     spec = PartitionSpec(sharding.spec[geometry.out_axis])
     if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(bias).sharding.spec == spec:

@@ -22,7 +22,8 @@ class Geometry:
     """What is static about a deformable convolution apart from the array shapes.
 
     Pairs are (height, width). Only the padding before the first pixel moves the grid; that after the last one adds
-    outputs.
+    outputs. A stride and a dilation of 0 make coordinates of the offsets themselves: without a grid, any number of
+    outputs may read any pixels.
     """
 
     kernel_size: Pair
@@ -55,6 +56,10 @@ class Geometry:
         return self.kernel_size[0] * self.kernel_size[1]
 
     @property
+    def has_grid(self) -> bool:
+        return 0 not in (*self.stride, *self.dilation)
+
+    @property
     def mask_channels(self) -> int:
         return self.deform_groups * self.taps
 
@@ -78,10 +83,10 @@ class Geometry:
         )
         return h_out, w_out
 
-    def y_shape(self, offset: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the result for the shapes of an offset and a weight."""
+    def y_shape(self, offset: tuple[int, ...], c_out: int) -> tuple[int, ...]:
+        """The shape of the result for that of an offset."""
         shape = list(offset)
-        shape[self.channel_axis] = weight[self.out_axis]
+        shape[self.channel_axis] = c_out
         return tuple(shape)
 
     def in_format(self, data_format: str) -> Geometry:

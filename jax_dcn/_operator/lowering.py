@@ -35,19 +35,33 @@ def in_nhwc(rule: Rule) -> Rule:
     return in_either
 
 
+def weighted(kernel: Rule) -> Rule:
+    """A rule for calls without a weight too, by a kernel that needs one: a depthwise weight of ones."""
+
+    def rule(given: Arrays, *, geometry: Geometry, **params: Any) -> list[jax.Array]:
+        if "weight" not in given:
+            ones = jnp.ones((*geometry.kernel_size, 1, geometry.groups), given["x"].dtype)
+            given = {**given, "weight": ones if geometry.data_format == "NHWC" else to_nchw("weight", ones)}
+        return kernel(given, geometry=geometry, **params)
+
+    return rule
+
+
 # --- deform_conv2d ---
 
 
 @in_nhwc
 def deform_conv2d_xla(given: Arrays, **params: Any) -> list[jax.Array]:
-    return [reference.deform_conv2d(**_with_absent(given, "mask", "bias"), **params)]
+    return [reference.deform_conv2d(**_with_absent(given, "mask", "weight", "bias"), **params)]
 
 
+@weighted
 def deform_conv2d_cpu(given: Arrays, *, geometry: Geometry, precision: Any) -> list[jax.Array]:
     attributes = native.attributes(given, geometry, **_options(given, precision, jnp.bfloat16))
     return native.call(native.DEFORM_CONV2D, [_y(given, geometry)], given, attributes)
 
 
+@weighted
 @in_nhwc
 def deform_conv2d_cuda(given: Arrays, *, geometry: Geometry, precision: Any) -> list[jax.Array]:
     attributes = native.attributes(given, geometry, **_options(given, precision, jnp.float32))
@@ -57,7 +71,8 @@ def deform_conv2d_cuda(given: Arrays, *, geometry: Geometry, precision: Any) -> 
 
 
 def _y(given: Arrays, geometry: Geometry) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, given["weight"].shape), given["x"].dtype)
+    c_out = given["weight"].shape[geometry.out_axis]
+    return jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, c_out), given["x"].dtype)
 
 
 # --- deform_conv2d_backward ---
@@ -65,10 +80,11 @@ def _y(given: Arrays, geometry: Geometry) -> jax.ShapeDtypeStruct:
 
 @in_nhwc
 def deform_conv2d_backward_xla(given: Arrays, *, wanted: tuple[str, ...], **params: Any) -> list[jax.Array]:
-    gradients = reference.deform_conv2d_backward(**_with_absent(given, "mask"), **params)
+    gradients = reference.deform_conv2d_backward(**_with_absent(given, "mask", "weight"), **params)
     return [gradients[name] for name in wanted]
 
 
+@weighted
 def deform_conv2d_backward_cpu(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
 ) -> list[jax.Array]:
@@ -78,6 +94,7 @@ def deform_conv2d_backward_cpu(
     return _rounded(gradients, given, wanted)
 
 
+@weighted
 @in_nhwc
 def deform_conv2d_backward_cuda(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
@@ -117,7 +134,7 @@ def deform_conv2d_tangent_xla(given: Arrays, **params: Any) -> list[jax.Array]:
     primals, dots = _primals_and_dots(given)
 
     def forward(perturbed: Arrays) -> jax.Array:
-        return reference.deform_conv2d(**_with_absent(primals | perturbed, "mask", "bias"), **params)
+        return reference.deform_conv2d(**_with_absent(primals | perturbed, "mask", "weight", "bias"), **params)
 
     # The result does not depend on the bias itself.
     at = {name: primals[name] if name in primals else jnp.zeros_like(dot) for name, dot in dots.items()}
@@ -198,11 +215,17 @@ def _deterministic(xla_flags: str) -> bool:
 
 
 def choosing(xla: Rule, kernel: Rule | None) -> Callable[..., list[jax.Array]]:
-    """The lowering, of a primitive's operands and parameters, by the kernel, unless `implementation` is "xla"."""
+    """The lowering, of a primitive's operands and parameters, by the kernel, unless `implementation` is "xla".
 
-    def rule(*operands: jax.Array, names: tuple[str, ...], implementation: str, **params: Any) -> list[jax.Array]:
+    The kernels need a grid.
+    """
+
+    def rule(
+        *operands: jax.Array, names: tuple[str, ...], implementation: str, geometry: Geometry, **params: Any
+    ) -> list[jax.Array]:
         given = dict(zip(names, operands, strict=True))
-        return (kernel if kernel is not None and implementation == "native" else xla)(given, **params)
+        by_kernel = kernel if implementation == "native" and geometry.has_grid else None
+        return (by_kernel or xla)(given, geometry=geometry, **params)
 
     return rule
 

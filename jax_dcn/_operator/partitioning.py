@@ -124,7 +124,10 @@ def _sharding_rule(call: _Bound, mesh, operand_types, result_types) -> tuple[str
 
 def _partition(call: _Bound, mesh, arg_shapes, result_shape):
     geometry = call.geometry
-    shapes = {shaped_as(name): array.shape for name, array in zip(call.names, arg_shapes, strict=True)}
+    shapes = {
+        shaped_as(name): array.shape
+        for name, array in zip((*call.names, *call.results), (*arg_shapes, *result_shape), strict=True)
+    }
     # What the partitioner has settled on. The results come first: an operand may still be whole on every device.
     settled = [
         (shaped_as(name), array.sharding.spec)
@@ -149,7 +152,7 @@ def _partition(call: _Bound, mesh, arg_shapes, result_shape):
     if _channels_shared(geometry, mesh):
         outs = axes_along(functools.partial(channel_axis, geometry), ("y", "weight", "bias"))
         outs = tuple(axis for axis in outs if axis not in images)
-        outs = dividing(geometry.units if geometry.groups > 1 else shapes["weight"][geometry.out_axis], outs)
+        outs = dividing(geometry.units if geometry.groups > 1 else shapes["y"][geometry.channel_axis], outs)
 
     def sharding(name: str) -> NamedSharding:
         spec: list[Any] = [None] * (1 if shaped_as(name) == "bias" else 4)

@@ -3,7 +3,8 @@
 `deform_conv2d_p` computes y, `deform_conv2d_tangent_p` how y moves with its operands, and `deform_conv2d_backward_p`
 the gradients that its parameter `wanted` names. The last two are linear, in the tangents and in grad_y, and each
 other's transpose; the first is linear in x, or in the weight. Some operands are optional, so the parameter `names`
-says which operand is which. The other parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
+says which operand is which. Without a weight, every channel is the sum of its own samples over the taps, as if by a
+depthwise weight of ones. The other parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def deform_conv2d(
     x: jax.Array,  # NHWC: (N, H, W, C_in)
     offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
     mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
-    weight: jax.Array,  # (kh, kw, C_in/groups, C_out)
+    weight: jax.Array | None,  # (kh, kw, C_in/groups, C_out)
     bias: jax.Array | None,  # (C_out,)
     **params: Any,
 ) -> jax.Array:  # (N, H_out, W_out, C_out)
@@ -38,9 +39,10 @@ def deform_conv2d(
 
 def _deform_conv2d_abstract(*operands, names, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    shape = geometry.y_shape(aval["offset"].shape, aval["weight"].shape)
     images = partitioning.mesh_axes(aval["x"].sharding.spec[0])
-    outs = partitioning.mesh_axes(aval["weight"].sharding.spec[geometry.out_axis])
+    source, axis = ("weight", geometry.out_axis) if "weight" in aval else ("x", geometry.channel_axis)
+    shape = geometry.y_shape(aval["offset"].shape, aval[source].shape[axis])
+    outs = partitioning.mesh_axes(aval[source].sharding.spec[axis])
     spec: list[Any] = [None] * 4
     spec[0] = images or None
     # An axis shards the images or the channels: where it is both operands', the weight is gathered.
@@ -68,7 +70,7 @@ def _deform_conv2d_transpose(cotangents, *operands, names, **params):
     primals = given | {name: ad.zeros_like_aval(operand.aval) for name, operand in linear.items()}
     primals.pop("bias", None)
     wanted = tuple(name for name in GRADIENTS if name in linear)
-    gradients = deform_conv2d_backward(grad_y, **{"mask": None, **primals}, wanted=wanted, **params)
+    gradients = deform_conv2d_backward(grad_y, **{"mask": None, "weight": None, **primals}, wanted=wanted, **params)
     return [gradients.get(name) for name in names]
 
 
@@ -83,7 +85,7 @@ def _deform_conv2d_tangent_transpose(cotangents, *operands, names, **params):
         return [ad.Zero(operand.aval) if name in linear else None for name, operand in given.items()]
     primals = {name: operand for name, operand in given.items() if not name.endswith(DOT)}
     wanted = tuple(name for name in GRADIENTS if name + DOT in linear)
-    gradients = deform_conv2d_backward(grad_y, **{"mask": None, **primals}, wanted=wanted, **params)
+    gradients = deform_conv2d_backward(grad_y, **{"mask": None, "weight": None, **primals}, wanted=wanted, **params)
     return [gradients.get(name.removesuffix(DOT)) if name in linear else None for name in names]
 
 
@@ -95,7 +97,7 @@ def deform_conv2d_backward(
     x: jax.Array,
     offset: jax.Array,
     mask: jax.Array | None,
-    weight: jax.Array,
+    weight: jax.Array | None,
     *,
     wanted: tuple[str, ...],  # of operands.GRADIENTS, in that order
     **params: Any,
@@ -107,8 +109,9 @@ def deform_conv2d_backward(
 
 def _deform_conv2d_backward_abstract(*operands, names, wanted, geometry, **params):
     aval = dict(zip(names, operands, strict=True))
-    weight, out = aval["weight"], geometry.out_axis
-    aval["bias"] = _reshaped(weight, (weight.shape[out],), (weight.sharding.spec[out],))
+    if "bias" in wanted:
+        weight, out = aval["weight"], geometry.out_axis
+        aval["bias"] = _reshaped(weight, (weight.shape[out],), (weight.sharding.spec[out],))
     return [aval[name].update(weak_type=False) for name in wanted]
 
 

@@ -89,17 +89,19 @@ def deform_conv2d(
     x: jax.Array,  # (N, H, W, C_in)
     offset: jax.Array,  # (N, H_out, W_out, deform_groups*kh*kw*2)
     mask: jax.Array | None,  # (N, H_out, W_out, deform_groups*kh*kw)
-    weight: jax.Array,  # (kh, kw, C_in/groups, C_out)
+    weight: jax.Array | None,  # (kh, kw, C_in/groups, C_out)
     bias: jax.Array | None,  # (C_out,)
     *,
     geometry: Geometry,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:  # (N, H_out, W_out, C_out)
-    """Deformable convolution, v1 without a mask and v2 with one."""
+    """Deformable convolution, v1 without a mask and v2 with one; without a weight the samples' sums over the taps."""
+    samples = sample(x, offset, mask, geometry)
+    if weight is None:
+        return samples.sum(3).astype(x.dtype)
     kh, kw, group_in, c_out = weight.shape
     groups = geometry.groups
     dtype = accumulation_dtype(x.dtype)
-    samples = sample(x, offset, mask, geometry)
     y = jnp.einsum(
         "npqtgc,tcgo->npqgo",
         samples.reshape(*samples.shape[:4], groups, group_in),
@@ -116,7 +118,7 @@ def deform_conv2d_backward(
     x: jax.Array,
     offset: jax.Array,
     mask: jax.Array | None,
-    weight: jax.Array,
+    weight: jax.Array | None,
     *,
     geometry: Geometry,
     precision: lax.PrecisionLike = None,

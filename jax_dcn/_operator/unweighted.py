@@ -1,0 +1,105 @@
+"""DCNv3 and multi-scale deformable attention as deformable convolutions without a weight. The channels come last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_dcn._operator import differentiation
+from jax_dcn._operator.geometry import Geometry, Pair
+from jax_dcn._operator.reference import accumulation_dtype
+
+# The samples are to be rounded by no product: there is none.
+_PRECISION = lax.Precision.HIGHEST
+
+
+def dcnv3(
+    x: jax.Array,  # (N, H, W, C)
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups, K, 2), each (x, y)
+    mask: jax.Array,  # (N, H_out, W_out, deform_groups, K)
+    *,
+    offset_scale: float,
+    geometry: Geometry,
+    **options: Any,
+) -> jax.Array:  # (N, H_out, W_out, C)
+    """DCNv3 of operands that have been checked. A K of one tap less than the kernel's is without the middle one.
+
+    Its taps run along the width first, and its offsets are scaled with the grid around the kernel's middle.
+    """
+    kh, kw = geometry.kernel_size
+    if offset_scale != 1:
+        dtype = accumulation_dtype(x.dtype)
+        grid = _grid(geometry) if offset.shape[4] == geometry.taps else np.delete(_grid(geometry), kh * kw // 2, axis=0)
+        moved = jnp.asarray((offset_scale - 1) * grid, dtype)
+        offset = offset.astype(dtype) * jnp.asarray(offset_scale, dtype) + moved[None, None, None, None]
+    if offset.shape[4] < geometry.taps:
+        # No image has a pixel there, so that the tap is 0 whatever its mask and the image hold.
+        offset = _insert(offset, jnp.inf)
+        mask = _insert(mask, 0)
+    offset = offset.reshape(*offset.shape[:4], kw, kh, 2).swapaxes(4, 5)[..., ::-1]
+    mask = mask.reshape(*mask.shape[:4], kw, kh).swapaxes(4, 5)
+    return _deform_conv2d(x, offset, mask, geometry, **options)
+
+
+def _grid(geometry: Geometry) -> np.ndarray:
+    """Where the taps stand, (x, y) in pixels from the kernel's middle: (K, 2)."""
+    (kh, kw), (dh, dw) = geometry.kernel_size, geometry.dilation
+    i, j = np.meshgrid(np.arange(kw), np.arange(kh), indexing="ij")
+    return np.stack([i * dw - dw * (kw - 1) // 2, j * dh - dh * (kh - 1) // 2], -1).reshape(kh * kw, 2)
+
+
+def _insert(array: jax.Array, value: float) -> jax.Array:
+    """The array with a tap of this value in the middle."""
+    before, after = jnp.split(array, 2, 4)
+    return jnp.concatenate([before, jnp.full_like(before[:, :, :, :, :1], value), after], 4)
+
+
+def multi_scale_deformable_attention(
+    value: jax.Array,  # (N, S, heads, D)
+    sampling_locations: jax.Array,  # (N, Q, heads, levels, K, 2), each (x, y)
+    attention_weights: jax.Array,  # (N, Q, heads, levels, K)
+    *,
+    spatial_shapes: tuple[Pair, ...],  # of the levels
+    **options: Any,
+) -> jax.Array:  # (N, Q, heads*D)
+    """The attention of operands that have been checked: a row of queries a level, whose taps are the points."""
+    n, _, heads, depth = value.shape
+    _, queries, _, _, points, _ = sampling_locations.shape
+    dtype = accumulation_dtype(value.dtype)
+    geometry = Geometry((1, points), stride=(0, 0), dilation=(0, 0), groups=heads * depth, deform_groups=heads)
+    terms = []
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        # In the type of the sums, so that the sum over the levels is rounded but once.
+        image = lax.slice_in_dim(value, start, start + height * width, axis=1).astype(dtype)
+        size = jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)])
+        pixels = sampling_locations[:, :, :, level].astype(dtype) * size[None, None, None, None] - 0.5
+        terms.append(
+            _deform_conv2d(
+                image.reshape(n, height, width, heads * depth),
+                pixels[:, None, ..., ::-1],
+                attention_weights[:, None, :, :, level],
+                geometry,
+                **options,
+            )
+        )
+        start += height * width
+    return sum(terms[1:], terms[0]).reshape(n, queries, heads * depth).astype(value.dtype)
+
+
+def _deform_conv2d(
+    x: jax.Array,
+    offset: jax.Array,  # (N, H_out, W_out, ...), each (y, x)
+    mask: jax.Array,  # (N, H_out, W_out, ...)
+    geometry: Geometry,
+    **options: Any,
+) -> jax.Array:
+    offset = offset.reshape(*offset.shape[:3], geometry.offset_channels)
+    mask = mask.reshape(*mask.shape[:3], geometry.mask_channels)
+    return differentiation.deform_conv2d(
+        x, offset, mask, None, None, geometry=geometry, precision=_PRECISION, **options
+    )
