@@ -18,14 +18,25 @@ if TYPE_CHECKING:
     from jax_dcn import nnx as nnx
     from jax_dcn import onnx as onnx
     from jax_dcn import plot as plot
+    from jax_dcn.linen import DCNv3 as DCNv3
+    from jax_dcn.linen import DCNv4 as DCNv4
     from jax_dcn.linen import DeformConv2d as DeformConv2d
     from jax_dcn.linen import DeformConv2dPack as DeformConv2dPack
     from jax_dcn.linen import ModulatedDeformConv2d as ModulatedDeformConv2d
     from jax_dcn.linen import ModulatedDeformConv2dPack as ModulatedDeformConv2dPack
+    from jax_dcn.linen import MultiScaleDeformableAttention as MultiScaleDeformableAttention
 
 # Imported when first used, because most of them need what is optional, as Flax is.
 _MODULES = ("linen", "mmcv", "models", "nnx", "onnx", "plot")
-_LAYERS = ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack")
+_LAYERS = (
+    "DCNv3",
+    "DCNv4",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "MultiScaleDeformableAttention",
+)
 
 
 if not TYPE_CHECKING:  # for which every name would exist

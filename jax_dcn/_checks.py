@@ -445,7 +445,7 @@ def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
     if not isinstance(value, (tuple, list, np.ndarray, jax.Array)) or len(value) == 0:
         raise ValueError(wrong)
 
-    def to_size(size: Any) -> int:
+    def to_size(size: Any) -> Any:
         return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", size)
 
     levels = [tuple(level) if isinstance(level, (tuple, list, np.ndarray, jax.Array)) else () for level in value]

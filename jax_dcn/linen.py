@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 
-from jax_dcn._layers import conv
+from jax_dcn._layers import attention, conv, dcnv3, parts
 
 try:
     from flax import linen as nn
 except ModuleNotFoundError as error:
     raise ImportError("jax_dcn.linen needs Flax: pip install jax_dcn[flax]") from error
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"]
+__all__ = [
+    "DCNv3",
+    "DCNv4",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "MultiScaleDeformableAttention",
+]
 
 
 class _Named:
@@ -141,6 +152,130 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return self._convolve(*_promoted(self, x), *self._predict(_conv_offset(self), x))
 
 
+class DCNv3(_Named, dcnv3.DCNv3, nn.Module):
+    """InternImage's layer (Wang et al. 2022, https://arxiv.org/abs/2211.05778), over `jax_dcn.dcnv3`.
+
+    A depthwise convolution, a normalization and an activation of x predict offsets and, by a softmax over a group's
+    taps, masks; the operator reads a projection of x, and what it gives is projected again. The submodules have the
+    original's names, numbers joined as linen does: dw_conv_0, dw_conv_1_1, offset, mask, input_proj and output_proj.
+    Offsets and mask logits are 0 at first.
+
+    Attributes:
+      channels: of x and of the result (default 64), a multiple of group.
+      kernel_size (default 3), stride (1), dilation (1): an int or a pair (height, width).
+      dw_kernel_size: of the depthwise convolution, with the layer's stride (default kernel_size).
+      pad: as `padding` in `jax_dcn.dcnv3` (default 1). It must give the output the depthwise convolution's size, x's
+        over the stride; the original reads wrong memory otherwise, and with a stride.
+      group: groups of channels with offsets of their own (default 4).
+      offset_scale, remove_center: as in `jax_dcn.dcnv3`.
+      act_layer: "GELU" (default), "ReLU" or "SiLU".
+      norm_layer: "LN".
+      center_feature_scale: mixes the operator's input into its result, by a predicted share for each group (default
+        False). Its parameters are center_feature_scale_proj_weight (group, channels) and ..._bias.
+      dtype: the dtype of the computation (default: to which x and the parameters promote).
+      param_dtype, precision: of the parameters (default float32), and of the projections and the convolution.
+      forward_mode: as in `jax_dcn.dcnv3` (default False).
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: arguments that do not fit one another.
+    """
+
+    def __post_init__(self) -> None:
+        self._check_arguments()
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to x, (N, H, W, channels), any axes in place of N; the result has x's shape over stride."""
+        return self._over_images(lambda x: self._run(x, _built(self)), x)
+
+
+class DCNv4(_Named, dcnv3.DCNv4, nn.Module):
+    """FlashInternImage's layer (DCNv4, Xiong et al. 2024, https://arxiv.org/abs/2401.06197), over `jax_dcn.dcnv4`.
+
+    A linear layer of x predicts offsets and masks, without a softmax. The submodules have the original's names:
+    offset_mask, value_proj, output_proj and, if wanted, offset_mask_dw. x and the result are (N, H, W, channels), where
+    the original flattens height and width. What is not listed is as in `DCNv3`.
+
+    Attributes:
+      dw_kernel_size: of a depthwise convolution before the linear layer (default None: there is none).
+      output_bias: whether output_proj has a bias (default True).
+      without_pointwise: leaves value_proj and output_proj out (default False).
+    """
+
+    def __post_init__(self) -> None:
+        self._check_arguments()
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer, with the shapes of `DCNv3`."""
+        return self._over_images(lambda x: self._run(x, _built(self)), x)
+
+
+class MultiScaleDeformableAttention(_Named, attention.MultiScaleDeformableAttention, nn.Module):
+    """Deformable DETR's attention (Zhu et al. 2020, https://arxiv.org/abs/2010.04159).
+
+    The layer of `mmcv.ops.MultiScaleDeformableAttention`, over `jax_dcn.multi_scale_deformable_attention`, with mmcv's
+    submodules sampling_offsets, attention_weights, value_proj and output_proj, and its initial values.
+
+    Attributes:
+      embed_dims: channels of the query, the value and the result (default 256), a multiple of num_heads.
+      num_heads (default 8), num_levels (4), num_points (4): heads, levels, and samples of a head in every level.
+      im2col_step: accepted for mmcv's sake (default 64); there is no buffer for it to bound.
+      dropout: the rate, before identity is added (default 0.1).
+      batch_first: whether query and value are (N, length, embed_dims), not (length, N, embed_dims), which is mmcv's
+        default.
+      norm_cfg, init_cfg: accepted, and unused, as in mmcv.
+      value_proj_ratio: channels that are sampled, as a multiple of embed_dims (default 1).
+      dtype, param_dtype, precision, forward_mode: as in `DCNv3`. Locations are float32 at least.
+
+    Raises:
+      TypeError: an argument of the wrong type.
+      ValueError: arguments that do not fit one another.
+    """
+
+    def __post_init__(self) -> None:
+        self._check_arguments(self.dropout)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array | None = None,
+        value: jax.Array | None = None,
+        identity: jax.Array | None = None,
+        query_pos: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+        reference_points: jax.Array | None = None,
+        spatial_shapes: Sequence[Sequence[int]] | None = None,
+        level_start_index: Any = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          query: (length, N, embed_dims), or (N, length, embed_dims) with batch_first.
+          key: accepted, and unused, as in mmcv.
+          value: likewise, of the pixels of all levels one after another, in rows (default the query).
+          identity: what the result is added to (default the query, before query_pos).
+          query_pos: added to the query.
+          key_padding_mask: (N, length of value), True where value counts as 0 after its projection.
+          reference_points: (N, length, num_levels, 2), each (x, y) in [0, 1], which the predicted offsets move by
+            pixels of the level; or (..., 4), boxes (x, y, width, height), within which they move.
+          spatial_shapes: the size (height, width) of every level, static integers.
+          level_start_index: accepted, and unused: it follows from spatial_shapes.
+          deterministic: whether there is no dropout (default True).
+
+        Returns:
+          The shape of the query.
+        """
+        y = self._run(_built(self), query, value, query_pos, key_padding_mask, reference_points, spatial_shapes)
+        return nn.Dropout(self.dropout, deterministic=deterministic)(y) + (query if identity is None else identity)
+
+
 _Layer = DeformConv2d | ModulatedDeformConv2d
 
 
@@ -155,3 +290,38 @@ def _promoted(layer: _Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
 
 def _conv_offset(layer: _Layer) -> nn.Conv:
     return nn.Conv(layer._conv_offset_channels, name="conv_offset", **layer._conv_offset_options)
+
+
+def _built(layer: DCNv3 | DCNv4 | MultiScaleDeformableAttention) -> parts.Built:
+    options: dict[str, Any] = dict(dtype=layer.dtype, param_dtype=layer.param_dtype)
+
+    def build(name: str, part: parts.Part) -> Any:
+        name = name.replace(".", "_")
+        if isinstance(part, parts.Zeros):
+            return layer.param(name, nn.initializers.zeros, part.shape, layer.param_dtype)
+        if isinstance(part, parts.LayerNorm):
+            return nn.LayerNorm(part.epsilon, use_fast_variance=False, name=name, **options)
+        if isinstance(part, parts.Linear):
+            return nn.Dense(
+                part.out_features,
+                use_bias=part.bias,
+                kernel_init=part.kernel_init,
+                bias_init=part.bias_init,
+                precision=layer.precision,
+                name=name,
+                **options,
+            )
+        return nn.Conv(
+            part.channels,
+            part.kernel_size,
+            part.stride,
+            part.padding,
+            feature_group_count=part.channels,
+            kernel_init=part.init,
+            bias_init=part.init,
+            precision=layer.precision,
+            name=name,
+            **options,
+        )
+
+    return {name: build(name, part) for name, part in layer._parts.items()}

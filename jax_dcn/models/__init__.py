@@ -1,8 +1,8 @@
-"""Models of mmdet with deformable convolutions, for Flax's nnx: its backbones, and its feature pyramid.
+"""Models with deformable convolutions, for Flax's nnx: mmdet's backbones and feature pyramid, and InternImage.
 
-Their arguments, state-dict keys and numbers are those of mmdet 3.3.0, so that `jax_dcn.mmcv.load_into` fills them from
-mmdet's checkpoints. Images and feature maps are NCHW, as there, unless data_format says otherwise; inside, the channels
-come last, which the kernels and XLA prefer.
+Their arguments, state-dict keys and numbers are those of mmdet 3.3.0, or of InternImage's own code, so that
+`jax_dcn.mmcv.load_into` fills them from the originals' checkpoints. Images and feature maps are NCHW, as there, unless
+data_format says otherwise; inside, the channels come last, which the kernels and XLA prefer.
 """
 
 try:
@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 from jax_dcn.mmcv.nn import BatchNorm2d as BatchNorm
 from jax_dcn.mmcv.nn import FrozenParam
 from jax_dcn.models.fpn import FPN
+from jax_dcn.models.internimage import InternImage
 from jax_dcn.models.resnet import ResNet, ResNeXt
 
-__all__ = ["FPN", "BatchNorm", "FrozenParam", "ResNeXt", "ResNet"]
+__all__ = ["FPN", "BatchNorm", "FrozenParam", "InternImage", "ResNeXt", "ResNet"]
