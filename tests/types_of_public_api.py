@@ -16,6 +16,9 @@ assert_type(jax_dcn.deform_conv2d(x, offset, weight, 1, (1, 2), mask=mask, data_
 assert_type(jax_dcn.modulated_deform_conv2d(x, offset, mask, weight, bias=None, precision="highest"), jax.Array)
 assert_type(jax_dcn.deform_conv2d(np.ones(3), offset, weight, padding=[1, 1], bias=False), jax.Array)
 assert_type(jax_dcn.deform_conv2d(x, offset, weight, padding=((0, 1), (1, 0))), jax.Array)
+assert_type(jax_dcn.dcnv3(x, offset, mask, kernel_size=(3, 5), padding="SAME", groups=4), jax.Array)
+assert_type(jax_dcn.dcnv4(x, offset, offset_scale=2, remove_center=True), jax.Array)
+assert_type(jax_dcn.multi_scale_deformable_attention(x, ((9, 7), (5, 4)), offset, mask), jax.Array)
 assert_type(jax_dcn.__version__, str)
 assert_type(jax_dcn.show_config(), None)
 jax_dcn.deform_conv(x, offset, weight)  # type: ignore[attr-defined]
@@ -35,6 +38,12 @@ assert_type(jax_dcn.nnx.DeformConv2d(16, 8, 3, rngs=rngs)(x, offset), jax.Array)
 layer.kernel[...] = x
 layer.bias[...] = x
 assert_type(layer.conv_offset, nnx.Conv)
+
+attention = jax_dcn.nnx.MultiScaleDeformableAttention(64, num_levels=1, batch_first=True, rngs=rngs)
+assert_type(attention(x, reference_points=offset, spatial_shapes=[(9, 7)]), jax.Array)
+assert_type(jax_dcn.nnx.DCNv3(64, group=4, rngs=rngs)(x), jax.Array)
+assert_type(jax_dcn.DCNv4(64, dw_kernel_size=3)(x), jax.Array)
+assert_type(models.InternImage(depths=[4, 4, 18, 4], layer_scale=1.0, rngs=rngs).feature_maps(x), tuple[jax.Array, ...])
 
 backbone = models.ResNet(50, dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True), rngs=rngs)
 assert_type(backbone(x), tuple[jax.Array, ...])
