@@ -67,10 +67,11 @@ def multi_scale_deformable_attention(
     **options: Any,
 ) -> jax.Array:  # (N, Q, heads*D)
     """The attention of operands that have been checked: a row of queries a level, whose taps are the points."""
-    n, _, heads, depth = value.shape
-    _, queries, _, _, points, _ = sampling_locations.shape
+    *_, heads, depth = value.shape
+    points = sampling_locations.shape[4]
     dtype = accumulation_dtype(value.dtype)
     geometry = Geometry((1, points), stride=(0, 0), dilation=(0, 0), groups=heads * depth, deform_groups=heads)
+    value = value.reshape(*value.shape[:2], heads * depth)
     terms = []
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
@@ -80,7 +81,7 @@ def multi_scale_deformable_attention(
         pixels = sampling_locations[:, :, :, level].astype(dtype) * size[None, None, None, None] - 0.5
         terms.append(
             _deform_conv2d(
-                image.reshape(n, height, width, heads * depth),
+                image.reshape(value.shape[0], height, width, heads * depth),
                 pixels[:, None, ..., ::-1],
                 attention_weights[:, None, :, :, level],
                 geometry,
@@ -88,7 +89,7 @@ def multi_scale_deformable_attention(
             )
         )
         start += height * width
-    return sum(terms[1:], terms[0]).reshape(n, queries, heads * depth).astype(value.dtype)
+    return sum(terms[1:], terms[0])[:, 0].astype(value.dtype)
 
 
 def _deform_conv2d(
