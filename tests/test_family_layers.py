@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from support.tolerances import assert_close, assert_same_arrays
 
 import jax_dcn
@@ -247,6 +247,35 @@ def test_the_attention_looks_in_all_directions_at_first(api):
     assert_close(bias.reshape(4, 2, 3, 2), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DCNv3", dict(channels=8, group=2, kernel_size=(5, 3), pad="SAME", stride=2, dilation=2)),
+        ("DCNv4", dict(channels=8, group=2, kernel_size=1, pad=0)),
+        ("MultiScaleDeformableAttention", dict(embed_dims=8, num_heads=2, num_levels=3, batch_first=True)),
+        ("MultiScaleDeformableAttention", dict(embed_dims=8, num_heads=2, num_levels=3)),
+    ],
+)
+def test_linen_layers_load_without_inputs(name, options):
+    state = random_state_of(name, **options)
+    variables = mmcv.load_into(getattr(jax_dcn, name)(**options), state)
+    assert_same_arrays(mmcv.to_state_dict(variables, names=state), state)
+
+
+def test_linen_models_load_with_static_inputs():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, query, reference_points, shapes):
+            attention = jax_dcn.MultiScaleDeformableAttention(8, 2, 2, 1, batch_first=True, name="attention")
+            return attention(query, reference_points=reference_points, spatial_shapes=shapes)
+
+    state = random_state_of("MultiScaleDeformableAttention", embed_dims=8, num_heads=2, num_levels=2, num_points=1)
+    state = {f"attention.{name}": value for name, value in state.items()}
+    inputs = (normal(1, 5, 8), normal(1, 5, 2, 2), ((2, 2), (1, 1)))
+    variables = mmcv.load_into(Model(), state, inputs=inputs)
+    assert_same_arrays(mmcv.to_state_dict(variables, names=state), state)
+
+
 # --- what Flax's layers do ---
 
 
@@ -306,10 +335,10 @@ def test_dropout():
     assert_close(np.where(dropped, 0, train), np.where(dropped, 0, 2 * whole))
     assert_close(module(query, **keywords) - query, whole)
 
-    linen = jax_dcn.MultiScaleDeformableAttention(**options)
-    variables = linen.init(jax.random.key(0), query, **keywords)
-    whole = linen.apply(variables, query, identity=identity, **keywords)
-    train = linen.apply(
+    module = jax_dcn.MultiScaleDeformableAttention(**options)
+    variables = module.init(jax.random.key(0), query, **keywords)
+    whole = module.apply(variables, query, identity=identity, **keywords)
+    train = module.apply(
         variables, query, identity=identity, deterministic=False, rngs={"dropout": jax.random.key(1)}, **keywords
     )
     assert 0.3 < (np.asarray(train) == 0).mean() < 0.7
@@ -346,6 +375,18 @@ def test_stochastic_depth_drops_whole_images():
     rates = [layer.drop_path.rate for level in linear.levels for layer in level.blocks]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2])
     assert linear(x).shape == (2, 3)
+
+
+def test_stochastic_depth_trains_with_less_memory_too():
+    """The random draws are those of the forward pass when it is computed again."""
+    x = normal(2, 3, 16, 16)
+
+    def gradients(with_cp):
+        model = InternImage(**SMALL, drop_path_rate=0.5, drop_path_type="uniform", with_cp=with_cp, rngs=nnx.Rngs(0))
+        loss, gradient = nnx.jit(nnx.value_and_grad(lambda model: (model(x) ** 2).sum()))(model)
+        return loss, nnx.to_pure_dict(gradient)
+
+    jax.tree.map(assert_close, gradients(True), gradients(False))
 
 
 def test_internimage_without_a_head():

@@ -70,6 +70,14 @@ class MultiScaleDeformableAttention(MmcvArguments):
                 )
 
     @property
+    def _smallest_inputs(self) -> tuple[Any, ...]:
+        """The arguments as they may be, for whoever only wants the shapes of the parameters."""
+        axes = (1, self.num_levels) if self.batch_first else (self.num_levels, 1)
+        query = jax.ShapeDtypeStruct((*axes, self.embed_dims), self.param_dtype)
+        points = jax.ShapeDtypeStruct((1, self.num_levels, self.num_levels, 2), self.param_dtype)
+        return query, None, None, None, None, None, points, ((1, 1),) * self.num_levels
+
+    @property
     def _value_dims(self) -> int:
         return int(self.embed_dims * self.value_proj_ratio)
 

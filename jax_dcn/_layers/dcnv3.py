@@ -46,6 +46,7 @@ class _Layer(MmcvArguments):
     offset_scale: float
     center_feature_scale: bool
     remove_center: bool
+    param_dtype: DTypeLike
     forward_mode: bool
 
     @property
@@ -71,6 +72,12 @@ class _Layer(MmcvArguments):
         kh, kw = cast(Pair, self.kernel_size)
         if self.remove_center and (kh != kw or kh % 2 == 0 or kh == 1):
             raise ValueError(f"{name}: remove_center needs an odd, square kernel_size above 1, got ({kh}, {kw})")
+
+    @property
+    def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct]:
+        """x as it may be, for whoever only wants the shapes of the parameters."""
+        sizes = zip(cast(Pair, self.kernel_size), cast(Pair, self.dilation), strict=True)
+        return (jax.ShapeDtypeStruct((1, *((k - 1) * d + 1 for k, d in sizes), self.channels), self.param_dtype),)
 
     @property
     def _taps(self) -> int:

@@ -316,11 +316,16 @@ def _layout_hint(entry: Entry, array: np.ndarray) -> str:
 
 def _linen_variables(module: Any, inputs: Sequence[Any] | None) -> Mapping[str, Any]:
     """The abstract variables of a linen module."""
-    from jax_dcn._layers.conv import Layer
-
     if inputs is None:
         takes = len(inspect.signature(module).parameters)
-        if not isinstance(module, Layer):
+        if not hasattr(module, "_smallest_inputs"):
             raise TypeError("load_into: a linen module knows its parameters only from its inputs: pass inputs=(x, ...)")
         inputs = module._smallest_inputs[:takes]
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+    # What is no array may have to be known while tracing, as the sizes of an attention's levels.
+    arrays = {index: value for index, value in enumerate(inputs) if hasattr(value, "shape")}
+
+    def init(key: jax.Array, arrays: Mapping[int, jax.Array]) -> Any:
+        return module.init(key, *(arrays.get(index, value) for index, value in enumerate(inputs)))
+
+    return jax.eval_shape(init, jax.random.key(0), arrays)

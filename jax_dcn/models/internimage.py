@@ -38,6 +38,11 @@ def _norm(channels: int, *, from_conv: bool = False, **options: Any) -> Sequenti
     return Sequential(*[_identity] * from_conv, LayerNorm(channels, eps=1e-6, **options))
 
 
+def _dropout(rate: float, rngs: nnx.Rngs, **options: Any) -> nnx.Dropout:
+    """Without random state of its own where it drops nothing."""
+    return nnx.Dropout(rate, rngs=rngs if rate else None, **options)
+
+
 def _linear(in_features: int, out_features: int, bias: bool = True, **options: Any) -> Linear:
     init = nnx.initializers.normal(0.02)
     return Linear(in_features, out_features, bias, kernel_init=init, bias_init=nnx.initializers.zeros, **options)
@@ -69,7 +74,7 @@ class _MLP(nnx.Module):
         self.fc1 = _linear(channels, int(channels * ratio), **options)
         self.act = build_activation_layer({"type": act_layer})
         self.fc2 = _linear(int(channels * ratio), channels, fc2_bias, **options)
-        self.drop = nnx.Dropout(drop, rngs=options["rngs"])
+        self.drop = _dropout(drop, options["rngs"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -98,7 +103,7 @@ class _Layer(nnx.Module):
         self.norm1, self.norm2 = _norm(channels, **options), _norm(channels, **options)
         self.mlp = _MLP(channels, mlp_ratio, drop, act_layer, mlp_fc2_bias, **options)
         # Stochastic depth: one draw for an image.
-        self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2, 3), rngs=options["rngs"])
+        self.drop_path = _dropout(drop_path, options["rngs"], broadcast_dims=(1, 2, 3))
         self.layer_scale, self.post_norm, self.res_post_norm = layer_scale is not None, post_norm, res_post_norm
         self.with_cp = with_cp
         if layer_scale is not None:
@@ -265,7 +270,7 @@ class InternImage(nnx.Module):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.data_format, self.num_classes = data_format, num_classes
         self.patch_embed = _Stem(channels, act_layer, **options)
-        self.pos_drop = nnx.Dropout(drop_rate, rngs=rngs)
+        self.pos_drop = _dropout(drop_rate, rngs)
         if drop_path_type == "linear":
             rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         else:
