@@ -1,6 +1,7 @@
 """The ports in examples/: the numbers of the PyTorch originals, and that they run."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def assert_close(actual, expected):
 PORTS = ["dyhead", "edvr", "reppoints", "saconv"]
 
 
-@pytest.mark.parametrize("name", PORTS)
+@pytest.mark.parametrize("name", ["deformable_detr", *PORTS])
 def test_an_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 150
 
@@ -124,6 +125,54 @@ def test_repairs_of_offsets_of_another_level_are_wrong(repair, monkeypatch):
     outs = mmcv.load_into(module.DyHead(24, 32, 2, rngs=nnx.Rngs(0)), state_dict)(levels)
     for actual, right in zip(outs, expected, strict=True):
         assert np.abs(to_nchw(np.asarray(actual)) - right).max() > 0.5 * np.abs(right).max()
+
+
+def test_transformers_own_numbers():
+    """Computed by transformers 5.24.0's DeformableDetrEncoderLayer with random weights, in float32."""
+    with np.load(DATA / "deformable_detr.npz") as arrays:
+        arrays = dict(arrays)
+    module = example("deformable_detr")
+    state_dict = {key.removeprefix("state:"): array for key, array in arrays.items() if key.startswith("state:")}
+    layer = mmcv.load_into(module.EncoderLayer(**module.SIZES, rngs=nnx.Rngs(0)), state_dict)
+    layer.eval()
+    x, mask, positions, points, _, shapes, _ = module.random_inputs()
+
+    @nnx.jit
+    def run(layer, x, positions):
+        def loss(layer, x, positions):
+            out = layer(x, mask, positions, points, spatial_shapes_list=shapes)
+            return (out * arrays["ct"]).sum(), out
+
+        return nnx.grad(loss, argnums=(0, 1, 2), has_aux=True)(layer, x, positions)
+
+    (grads, grad_x, grad_positions), out = run(layer, jnp.asarray(x), jnp.asarray(positions))
+    actual = {"in0": grad_x, "in2": grad_positions, **mmcv.to_state_dict(grads, like=layer)}
+    expected = {key.removeprefix("grad:"): array for key, array in arrays.items() if key.startswith("grad:")}
+    assert set(actual) == set(expected)
+    expected["out"], actual["out"] = arrays["out"], out
+    for key, array in expected.items():
+        np.testing.assert_allclose(actual[key], array, rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=key)
+
+
+def test_transformers_itself(capsys):
+    """The example beside its original: all rows that both have are equal."""
+    pytest.importorskip("torch", reason="there is no torch")
+    pytest.importorskip("transformers", reason="there is no transformers, and torch alone does not do")
+    with jax.numpy_rank_promotion("allow"):
+        example("deformable_detr").main([])
+    out = capsys.readouterr().out
+    assert "weights that differ" not in out
+    errors = {line.split()[0]: float(line.split()[-1]) for line in out.splitlines() if re.search(r"\de-\d\d$", line)}
+    assert {"(the", "self_attn.output_proj", "mlp", "self_attn.sampling_offsets.weight"} <= set(errors)
+    assert max(errors.values()) < 1e-5
+
+
+def test_deformable_detr_runs_without_transformers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with jax.numpy_rank_promotion("allow"):
+        example("deformable_detr").main([])
+    assert "Not compared with its original" in capsys.readouterr().out
 
 
 def test_saconvs_names_are_mmcvs():
