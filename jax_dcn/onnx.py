@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jax_dcn._operator import primitives
 
 try:
@@ -46,6 +48,10 @@ class _DeformConv2d(PrimitiveLeafPlugin):
             return ctx.builder.op(kind, inputs, attributes, output=output)
 
         geometry = eqn.params["geometry"]
+        if not geometry.has_grid:
+            raise NotImplementedError(
+                "multi_scale_deformable_attention: ONNX's DeformConv reads around a grid, so there is no export"
+            )
         nhwc = geometry.data_format == "NHWC"
         variables = dict(zip(eqn.params["names"], eqn.invars, strict=True))
         values = {name: ctx.get_value_for_var(variable) for name, variable in variables.items()}
@@ -60,6 +66,9 @@ class _DeformConv2d(PrimitiveLeafPlugin):
                 axes = (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2)
                 value = node("Transpose", value, dtype=dtype, shape=[shape[axis] for axis in axes], perm=axes)
             values[name] = value
+        if "weight" not in values:  # of DCNv3, whose samples are added as they are
+            ones = np.ones((geometry.groups, 1, *geometry.kernel_size), dtype.numpy())
+            values["weight"] = ctx.builder.add_initializer_from_array(ctx.fresh_name("weight"), ones)
 
         inputs = [values.get(name) for name in _INPUTS]
         while inputs[-1] is None:

@@ -243,6 +243,42 @@ def test_a_pack_without_padding():
     assert_close(run(model, x)[0], layer(x))
 
 
+@pytest.mark.parametrize("options", [{}, dict(offset_scale=0.5, remove_center=True, stride=2)], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dcnv3(options, dtype):
+    """Its samples are summed without a weight, for which DeformConv takes ones."""
+    rng = np.random.default_rng(0)
+    height, width = (4, 3) if options else (7, 6)
+    taps = 8 if options else 9
+    sizes = (2, 7, 6, 4), (2, height, width, 2 * taps * 2), (2, height, width, 2 * taps)
+    arrays = [rng.normal(size=size).astype(dtype) for size in sizes]
+    function = functools.partial(jax_dcn.dcnv3, padding=1, groups=2, **options)
+    model = exported(function, arrays, enable_double_precision=dtype == np.float64)
+    assert nodes(model)["DeformConv"] == 1
+    assert_close(run(model, *arrays)[0], function(*arrays))
+
+
+@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
+@pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
+def test_layers_without_a_weight(name):
+    graph, parameters = nnx.split(getattr(jax_dcn.nnx, name)(8, group=2, dw_kernel_size=3, rngs=nnx.Rngs(0)))
+    layer = nnx.merge(graph, random_parameters(parameters))
+    x = np.random.default_rng(1).normal(size=(2, 9, 7, 8)).astype(np.float32)
+    model = exported(layer, [x])
+    assert nodes(model)["DeformConv"] == 1
+    assert_close(run(model, x)[0], layer(x))
+
+
+def test_attention_is_refused():
+    value, locations, weights = np.ones((1, 6, 2, 4)), np.ones((1, 5, 2, 1, 3, 2)), np.ones((1, 5, 2, 1, 3))
+
+    def function(value, locations, weights):
+        return jax_dcn.multi_scale_deformable_attention(value, [(2, 3)], locations, weights)
+
+    with pytest.raises(NotImplementedError, match="multi_scale_deformable_attention: ONNX's DeformConv"):
+        exported(function, (value, locations, weights))
+
+
 # --- models ---
 
 
