@@ -169,7 +169,9 @@ def test_offsets_of_another_dtype(implementation):
 @pytest.mark.parametrize("name", ["dcnv3", "attention"])
 def test_two_devices(name):
     flags = "--xla_force_host_platform_device_count=2 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    run_python(f"import test_family; test_family.compare_on_two_devices({name!r})", Path(__file__).parent, XLA_FLAGS=flags)
+    run_python(
+        f"import test_family; test_family.compare_on_two_devices({name!r})", Path(__file__).parent, XLA_FLAGS=flags
+    )
 
 
 def compare_on_two_devices(name):

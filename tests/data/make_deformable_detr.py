@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DATA = Path(__file__).parent
-sys.path.insert(0, str(DATA.parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import deformable_detr
 
 
@@ -21,9 +20,8 @@ def main():
     grads = torch.autograd.grad((out * ct).sum(), list(named.values()))
     arrays = {f"state:{name}": array for name, array in layer.state_dict().items()}
     arrays |= {"ct": ct, "out": out} | {f"grad:{name}": grad for name, grad in zip(named, grads, strict=True)}
-    np.savez_compressed(
-        DATA / "deformable_detr.npz", **{name: array.detach().numpy() for name, array in arrays.items()}
-    )
+    path = Path(__file__).with_name("deformable_detr.npz")
+    np.savez_compressed(path, **{name: array.detach().numpy() for name, array in arrays.items()})
 
 
 if __name__ == "__main__":
