@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from support.processes import run_python
 
@@ -186,6 +187,20 @@ def compare_on_two_devices(name):
     compiled = shared.lower(*arrays).compile()
     assert "all-gather" not in compiled.as_text()
     np.testing.assert_allclose(compiled(*jax.device_put(arrays, sharding)), function(*arrays), atol=1e-5)
+
+
+def test_export_for_any_size():
+    """Of images, and of queries."""
+    n, h, w, q = export.symbolic_shape("n, h, w, q")
+    checks = [export.DisabledSafetyCheck.custom_call("jax_dcn_deform_conv2d")]
+    arrays, options = operands()
+    function = jax.jit(lambda *arrays: jax_dcn.dcnv3(*arrays, **options))
+    of_attention, others = attention()
+    shapes = [(n, h, w, array.shape[3]) for array in arrays], [(n, 10, 2, 3), (n, q, 2, 2, 3, 2), (n, q, 2, 2, 3)]
+    for f, given, sizes in zip((function, jax.jit(of_attention)), (arrays, others), shapes, strict=True):
+        structs = [jax.ShapeDtypeStruct(size, array.dtype) for size, array in zip(sizes, given, strict=True)]
+        exported = export.export(f, platforms=["cpu", "cuda", "tpu"], disabled_checks=checks)(*structs)
+        np.testing.assert_allclose(exported.call(*given), f(*given), atol=1e-12)
 
 
 def test_rows():
