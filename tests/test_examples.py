@@ -157,7 +157,7 @@ def test_transformers_own_numbers():
 def test_transformers_itself(capsys):
     """The example beside its original: all rows that both have are equal."""
     pytest.importorskip("torch", reason="there is no torch")
-    pytest.importorskip("transformers", reason="there is no transformers, and torch alone does not do")
+    pytest.importorskip("transformers", reason="there is no transformers")
     with jax.numpy_rank_promotion("allow"):
         example("deformable_detr").main([])
     out = capsys.readouterr().out
