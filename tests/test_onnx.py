@@ -270,7 +270,8 @@ def test_layers_without_a_weight(name):
 
 
 def test_attention_is_refused():
-    value, locations, weights = np.ones((1, 6, 2, 4)), np.ones((1, 5, 2, 1, 3, 2)), np.ones((1, 5, 2, 1, 3))
+    shapes = (1, 6, 2, 4), (1, 5, 2, 1, 3, 2), (1, 5, 2, 1, 3)
+    value, locations, weights = (np.ones(shape, np.float32) for shape in shapes)
 
     def function(value, locations, weights):
         return jax_dcn.multi_scale_deformable_attention(value, [(2, 3)], locations, weights)
