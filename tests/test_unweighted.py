@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import unweighted
@@ -445,6 +446,27 @@ def test_vmap(name, subset):
     actual, nested = mapped(list(map(jnp.asarray, stacked)))
     jax.tree.map(assert_close, actual, jax.tree.map(lambda *values: jnp.stack(values), *each))
     assert_close(nested[0], actual[0])
+
+
+def test_export_of_the_attention_for_any_size():
+    """Of images, levels and queries, with gradients."""
+    n, h, w, q = export.symbolic_shape("n, h, w, q")
+    shapes = (n, h, w, 6), (n, q, 2, 2, 3, 2), (n, q, 2, 2, 3)
+
+    def gradients(x, locations, weights):
+        def loss(x, locations, weights):
+            height, width = x.shape[1:3]
+            value = jnp.concatenate([x.reshape(x.shape[0], height * width, 2, 3), jnp.ones((x.shape[0], 2, 2, 3))], 1)
+            return attention(((height, width), (1, 2)))(value, locations, weights).sum()
+
+        return jax.grad(loss, (0, 1, 2))(x, locations, weights)
+
+    structs = [jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes]
+    exported = export.export(jax.jit(gradients), platforms=["cpu", "cuda", "tpu", "rocm"])(*structs)
+    rng = np.random.default_rng(0)
+    for sizes in (dict(n=2, h=3, w=4, q=5), dict(n=1, h=1, w=1, q=1)):
+        arrays = [rng.random([sizes.get(str(size), size) for size in shape]) for shape in shapes]
+        jax.tree.map(assert_close, exported.call(*arrays), gradients(*arrays))
 
 
 # --- meshes ---
