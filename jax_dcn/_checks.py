@@ -440,16 +440,21 @@ def check_dcnv3(
 def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
     """The sizes (height, width) of levels, which are static: of Python, numpy or JAX, or symbolic."""
     wrong = f"{name}: spatial_shapes must be a sequence of pairs (height, width), known while tracing, got {value!r}"
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(wrong)
-    if not isinstance(value, (tuple, list, np.ndarray, jax.Array)) or len(value) == 0:
-        raise ValueError(wrong)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(wrong)
+        # What is taken from JAX's arrays while tracing is traced.
+        return np.asarray(value).tolist() if isinstance(value, (np.ndarray, jax.Array)) else value
 
     def to_size(size: Any) -> Any:
-        return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", size)
+        return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", plain(size))
 
-    levels = [tuple(level) if isinstance(level, (tuple, list, np.ndarray, jax.Array)) else () for level in value]
-    if any(len(level) != 2 for level in levels):
+    levels = plain(value)
+    if not isinstance(levels, (tuple, list)) or not levels:
+        raise ValueError(wrong)
+    levels = [plain(level) for level in levels]
+    if not all(isinstance(level, (tuple, list)) and len(level) == 2 for level in levels):
         raise ValueError(wrong)
     shapes = tuple((to_size(height), to_size(width)) for height, width in levels)
     for height, width in shapes:

@@ -312,9 +312,9 @@ def checked_dcnv3(
     offset = _checks.to_array(name, "offset", offset)
     mask = _checks.to_array(name, "mask", mask)
     geometry, taps = _checks.check_dcnv3(name, x, {"offset": (offset, 2), "mask": (mask, 1)}, **sizes)
-    by_tap = (*mask.shape[:3], geometry.deform_groups, taps)
     return unweighted.dcnv3(
-        *(x, offset.reshape(*by_tap, 2), mask.reshape(by_tap)),
+        *(x, offset, mask),
+        taps=taps,
         offset_scale=scale,
         geometry=geometry,
         forward_mode=forward_mode,
@@ -331,12 +331,9 @@ def checked_dcnv4(
     x = _checks.to_array(name, "x", x)
     offset_mask = _checks.to_array(name, "offset_mask", offset_mask)
     geometry, taps = _checks.check_dcnv3(name, x, {"offset_mask": (offset_mask, 3)}, **sizes)
-    by_group = (*offset_mask.shape[:3], geometry.deform_groups, taps * 3)
-    groups = offset_mask[..., : geometry.deform_groups * taps * 3].reshape(by_group)
-    return unweighted.dcnv3(
-        x,
-        groups[..., : taps * 2].reshape(*by_group[:4], taps, 2),
-        groups[..., taps * 2 :],
+    return unweighted.dcnv4(
+        *(x, offset_mask),
+        taps=taps,
         offset_scale=scale,
         geometry=geometry,
         forward_mode=forward_mode,

@@ -515,6 +515,35 @@ def check_sharing(name, kind):
     jax.tree.map(assert_close, (grads, y), expected)
 
 
+def test_explicit_axes_that_cut_groups():
+    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    code = "import test_unweighted; test_unweighted.check_explicit_axes_that_cut_groups()"
+    run_python(code, Path(__file__).parent, XLA_FLAGS=flags)
+
+
+def check_explicit_axes_that_cut_groups():
+    """Where JAX would refuse to reshape what is sharded, it is gathered."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    channels, one_group = P(None, None, None, "d"), functools.partial(jax_dcn.dcnv3, kernel_size=2)
+    sizes_of_attention = (2, 8, 3, 4), (2, 5, 3, 2, 4, 2), (2, 5, 3, 2, 4)
+    points = P(None, None, None, None, "d")
+    for function, sizes, specs in (
+        (one_group, ((2, 5, 4, 4), (2, 4, 3, 8), (2, 4, 3, 4)), (P(), channels, channels)),
+        (functools.partial(jax_dcn.dcnv4, padding=1), ((2, 5, 4, 4), (2, 5, 4, 32)), (channels, channels)),
+        (attention(((2, 3), (1, 2))), sizes_of_attention, (channels, P(), P())),
+        (attention(((2, 3), (1, 2))), sizes_of_attention, (P(None, "d"), points, points)),
+    ):
+        arrays = [rng.standard_normal(size, np.float32) for size in sizes]
+        gradient = jax.jit(jax.grad(lambda *a, f=function: jnp.sin(f(*a)).sum(), tuple(range(len(arrays)))))
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+            actual = gradient(*placed)
+        for got, expected, given in zip(actual, gradient(*arrays), placed, strict=True):
+            assert_close(got, expected)
+            assert got.sharding.is_equivalent_to(given.sharding, got.ndim)
+
+
 # --- errors ---
 
 
@@ -610,6 +639,7 @@ def test_the_levels_are_static():
     expected = function(value, shapes, locations, weights)
     for same in (np.array(shapes), jnp.asarray(shapes), [list(shape) for shape in shapes], list(map(np.array, shapes))):
         assert_close(function(value, same, locations, weights), expected)
+        assert_close(jax.jit(lambda *a, same=same: function(a[0], same, *a[1:]))(value, locations, weights), expected)
     message = r"multi_scale_deformable_attention: spatial_shapes must be .*, known while tracing, got .*Trace"
     with pytest.raises(TypeError, match=message):
         jax.jit(function)(value, jnp.asarray(shapes), locations, weights)

@@ -1,16 +1,19 @@
-"""DCNv3 and multi-scale deformable attention as deformable convolutions without a weight. The channels come last."""
+"""DCNv3, DCNv4 and multi-scale deformable attention as deformable convolutions without a weight, channels last."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dcn._operator import differentiation
 from jax_dcn._operator.geometry import Geometry, Pair
+from jax_dcn._operator.partitioning import mesh_axes
 from jax_dcn._operator.reference import accumulation_dtype
 
 # The samples are to be rounded by no product: there is none.
@@ -19,17 +22,45 @@ _PRECISION = lax.Precision.HIGHEST
 
 def dcnv3(
     x: jax.Array,  # (N, H, W, C)
-    offset: jax.Array,  # (N, H_out, W_out, deform_groups, K, 2), each (x, y)
-    mask: jax.Array,  # (N, H_out, W_out, deform_groups, K)
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups*taps*2), each (x, y)
+    mask: jax.Array,  # (N, H_out, W_out, deform_groups*taps)
+    *,
+    taps: int,
+    geometry: Geometry,
+    **options: Any,
+) -> jax.Array:  # (N, H_out, W_out, C)
+    """DCNv3 of operands that have been checked. One tap less than the kernel has is all but the middle one."""
+    offset, mask = (_whole(array, 3, groups=geometry.deform_groups) for array in (offset, mask))
+    by_tap = (*mask.shape[:3], geometry.deform_groups, taps)
+    return _dcnv3(x, offset.reshape(*by_tap, 2), mask.reshape(by_tap), geometry=geometry, **options)
+
+
+def dcnv4(
+    x: jax.Array,  # (N, H, W, C)
+    offset_mask: jax.Array,  # (N, H_out, W_out, at least deform_groups*taps*3)
+    *,
+    taps: int,
+    geometry: Geometry,
+    **options: Any,
+) -> jax.Array:  # (N, H_out, W_out, C)
+    """DCNv4 of operands that have been checked: DCNv3 of each group's offsets and, behind them, masks."""
+    offset_mask = _whole(offset_mask, 3, groups=geometry.deform_groups)
+    by_group = (*offset_mask.shape[:3], geometry.deform_groups, taps * 3)
+    groups = offset_mask[..., : geometry.deform_groups * taps * 3].reshape(by_group)
+    offset, mask = groups[..., : taps * 2], groups[..., taps * 2 :]
+    return _dcnv3(x, offset.reshape(*by_group[:4], taps, 2), mask, geometry=geometry, **options)
+
+
+def _dcnv3(
+    x: jax.Array,
+    offset: jax.Array,  # (N, H_out, W_out, deform_groups, taps, 2), each (x, y)
+    mask: jax.Array,  # (N, H_out, W_out, deform_groups, taps)
     *,
     offset_scale: float,
     geometry: Geometry,
     **options: Any,
-) -> jax.Array:  # (N, H_out, W_out, C)
-    """DCNv3 of operands that have been checked. A K of one tap less than the kernel's is without the middle one.
-
-    Its taps run along the width first, and its offsets are scaled with the grid around the kernel's middle.
-    """
+) -> jax.Array:
+    """The taps run along the width first, and the offsets are scaled with the grid around the kernel's middle."""
     kh, kw = geometry.kernel_size
     if offset_scale != 1:
         dtype = accumulation_dtype(x.dtype)
@@ -71,7 +102,8 @@ def multi_scale_deformable_attention(
     points = sampling_locations.shape[4]
     dtype = accumulation_dtype(value.dtype)
     geometry = Geometry((1, points), stride=(0, 0), dilation=(0, 0), groups=heads * depth, deform_groups=heads)
-    value = value.reshape(*value.shape[:2], heads * depth)
+    value = _whole(value, 1, 3).reshape(*value.shape[:2], heads * depth)
+    sampling_locations, attention_weights = (_whole(a, 3, 4, 5) for a in (sampling_locations, attention_weights))
     terms = []
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
@@ -90,6 +122,22 @@ def multi_scale_deformable_attention(
         )
         start += height * width
     return sum(terms[1:], terms[0])[:, 0].astype(value.dtype)
+
+
+def _whole(array: jax.Array, *axes: int, groups: int = 1) -> jax.Array:
+    """The array, on a mesh with explicit axes whole along these of its axes unless its shards hold whole groups.
+
+    There JAX cuts, joins and slices only axes whose parts stay where they are. Elsewhere it finds out by itself.
+    """
+    sharding = jax.typeof(array).sharding
+    mesh = sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    parts = [math.prod(mesh.shape[name] for name in mesh_axes(entry)) for entry in sharding.spec]
+    spec = [None if axis in axes and groups % parts[axis] else entry for axis, entry in enumerate(sharding.spec)]
+    if spec == list(sharding.spec):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _deform_conv2d(
