@@ -371,9 +371,13 @@ def to_scale(name: str, argument: str, value: Any) -> float:
     """A finite number, of Python or numpy."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        scale = float(value)
+    except OverflowError:
+        scale = math.inf
+    if not math.isfinite(scale):
         raise ValueError(f"{name}: {argument} must be finite, got {value!r}")
-    return float(value)
+    return scale
 
 
 def _check_groups(name: str, channels: Any, formula: str, argument: str, groups: int, taps: int) -> None:
@@ -384,6 +388,14 @@ def _check_groups(name: str, channels: Any, formula: str, argument: str, groups:
         raise ValueError(f"{name}: {formula} ({channels}) must be a positive multiple of {argument} ({groups})")
     if taps * channels > MAX_WEIGHTS:
         raise ValueError(f"{name}: {taps} taps times {formula} ({channels}) must be fewer than 2^27")
+
+
+def check_remove_center(name: str, value: Any, kernel_size: Pair) -> None:
+    """Checks remove_center, which needs a middle and other taps."""
+    check_bool(name, "remove_center", value)
+    kh, kw = kernel_size
+    if value and (kh != kw or kh % 2 == 0 or kh == 1):
+        raise ValueError(f"{name}: remove_center needs an odd, square kernel_size above 1, got ({kh}, {kw})")
 
 
 def check_dcnv3(
@@ -404,7 +416,6 @@ def check_dcnv3(
     """
     for argument, operand in {"x": x, **{argument: operand for argument, (operand, _) in others.items()}}.items():
         _check_rank(name, argument, operand, 4)
-    check_bool(name, "remove_center", remove_center)
     batch, height, width, channels = x.shape
     checked = to_padding(name, padding)
     geometry = Geometry(
@@ -414,9 +425,7 @@ def check_dcnv3(
         groups=channels,
         deform_groups=to_count(name, "groups", groups),
     )
-    kh, kw = geometry.kernel_size
-    if remove_center and (kh != kw or kh % 2 == 0 or kh == 1):
-        raise ValueError(f"{name}: remove_center needs an odd, square kernel_size above 1, got ({kh}, {kw})")
+    check_remove_center(name, remove_center, geometry.kernel_size)
     _check_groups(name, channels, "C", "groups", geometry.deform_groups, geometry.taps)
     geometry, out = _on_image(name, geometry, checked, (height, width))
     taps = geometry.taps - remove_center
@@ -439,7 +448,10 @@ def check_dcnv3(
 
 def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
     """The sizes (height, width) of levels, which are static: of Python, numpy or JAX, or symbolic."""
-    wrong = f"{name}: spatial_shapes must be a sequence of pairs (height, width), known while tracing, got {value!r}"
+    wrong = (
+        f"{name}: spatial_shapes must be a sequence of pairs (height, width), known while tracing (static "
+        f"arguments, or of a closure), got {value!r}"
+    )
 
     def plain(value: Any) -> Any:
         if isinstance(value, jax.core.Tracer):
@@ -448,7 +460,8 @@ def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
         return np.asarray(value).tolist() if isinstance(value, (np.ndarray, jax.Array)) else value
 
     def to_size(size: Any) -> Any:
-        return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", plain(size))
+        size = plain(size)
+        return size if jax.export.is_symbolic_dim(size) else to_integer(name, "spatial_shapes", size)
 
     levels = plain(value)
     if not isinstance(levels, (tuple, list)) or not levels:

@@ -170,7 +170,7 @@ def dcnv3(
       padding: as in `deform_conv2d`.
       groups: groups of channels with offsets and masks of their own. C must be a multiple.
       offset_scale: a number.
-      remove_center: leaves the middle tap of an odd, square kernel out.
+      remove_center: a bool, leaves the middle tap of an odd, square kernel out.
       forward_mode: as in `deform_conv2d`.
 
     Returns:

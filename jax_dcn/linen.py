@@ -164,14 +164,15 @@ class DCNv3(_Named, dcnv3.DCNv3, nn.Module):
       channels: of x and of the result (default 64), a multiple of group.
       kernel_size (default 3), stride (1), dilation (1): an int or a pair (height, width).
       dw_kernel_size: of the depthwise convolution, with the layer's stride (default kernel_size).
-      pad: as `padding` in `jax_dcn.dcnv3` (default 1). It must give the output the depthwise convolution's size, x's
-        over the stride; the original reads wrong memory otherwise, and with a stride.
+      pad: as `padding` in `jax_dcn.dcnv3` (default 1). It must give the output the size of the depthwise convolution's,
+        which is padded by (dw_kernel_size - 1) // 2. (The original does not check it, and has no stride there.)
       group: groups of channels with offsets of their own (default 4).
       offset_scale, remove_center: as in `jax_dcn.dcnv3`.
       act_layer: "GELU" (default), "ReLU" or "SiLU".
       norm_layer: "LN".
-      center_feature_scale: mixes the operator's input into its result, by a predicted share for each group (default
-        False). Its parameters are center_feature_scale_proj_weight (group, channels) and ..._bias.
+      center_feature_scale: mixes the operator's input into its result, which must be of its size, by a predicted share
+        for each group (default False). Its parameters are center_feature_scale_proj_weight (group, channels) and
+        center_feature_scale_proj_bias (group,).
       dtype: the dtype of the computation (default: to which x and the parameters promote).
       param_dtype, precision: of the parameters (default float32), and of the projections and the convolution.
       forward_mode: as in `jax_dcn.dcnv3` (default False).
@@ -187,7 +188,7 @@ class DCNv3(_Named, dcnv3.DCNv3, nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to x, (N, H, W, channels), any axes in place of N; the result has x's shape over stride."""
+        """Applies the layer to x, (N, H, W, channels), with any axes in place of N: (N, H_out, W_out, channels)."""
         return self._over_images(lambda x: self._run(x, _built(self)), x)
 
 
@@ -224,10 +225,10 @@ class MultiScaleDeformableAttention(_Named, attention.MultiScaleDeformableAttent
       embed_dims: channels of the query, the value and the result (default 256), a multiple of num_heads.
       num_heads (default 8), num_levels (4), num_points (4): heads, levels, and samples of a head in every level.
       im2col_step: accepted for mmcv's sake (default 64); there is no buffer for it to bound.
-      dropout: the rate, before identity is added (default 0.1).
+      dropout: the rate, before identity is added (default 0.1), unless `deterministic`, which is True by default.
       batch_first: whether query and value are (N, length, embed_dims), not (length, N, embed_dims), which is mmcv's
         default.
-      norm_cfg, init_cfg: accepted, and unused, as in mmcv.
+      norm_cfg, init_cfg: accepted, and dropped.
       value_proj_ratio: channels that are sampled, as a multiple of embed_dims (default 1).
       dtype, param_dtype, precision, forward_mode: as in `DCNv3`. Locations are float32 at least.
 
@@ -273,7 +274,9 @@ class MultiScaleDeformableAttention(_Named, attention.MultiScaleDeformableAttent
           The shape of the query.
         """
         y = self._run(_built(self), query, value, query_pos, key_padding_mask, reference_points, spatial_shapes)
-        return nn.Dropout(self.dropout, deterministic=deterministic)(y) + (query if identity is None else identity)
+        return nn.Dropout(self.dropout, deterministic=deterministic)(y) + self._like_query(
+            "identity", query if identity is None else identity, query
+        )
 
 
 _Layer = DeformConv2d | ModulatedDeformConv2d

@@ -156,7 +156,7 @@ class MultiScaleDeformableAttention(attention.MultiScaleDeformableAttention, nnx
     def __post_init__(self, dropout: float, rngs: nnx.Rngs) -> None:
         self._check_arguments(dropout)
         _build(self, rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
 
     def __call__(
         self,
@@ -172,7 +172,7 @@ class MultiScaleDeformableAttention(attention.MultiScaleDeformableAttention, nnx
     ) -> jax.Array:
         """Applies the layer, with the arguments of `jax_dcn.linen.MultiScaleDeformableAttention`."""
         y = self._run(_built(self), query, value, query_pos, key_padding_mask, reference_points, spatial_shapes)
-        return self.dropout(y) + (query if identity is None else identity)
+        return self.dropout(y) + self._like_query("identity", query if identity is None else identity, query)
 
 
 def _parameters(layer: conv.Layer, bias: bool, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param | None]:

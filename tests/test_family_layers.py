@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import pickle
+from copy import deepcopy
 
 import jax
 import jax.numpy as jnp
@@ -294,14 +296,42 @@ def random_state_of(name, **options):
     return {key: normal(*value.shape, seed=i) / 4 for i, (key, value) in enumerate(mmcv.to_state_dict(module).items())}
 
 
-@pytest.mark.parametrize("name", ["DCNv3", "DCNv4"])
-def test_dtypes(api, name):
-    state, x = random_state_of(name, channels=8, group=2), normal(2, 6, 5, 8)
-    options = dict(channels=8, group=2, dtype=jnp.bfloat16)
-    y = layer(api, name, state, (x,), {}, **options)(x)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("DCNv3", dict(center_feature_scale=True)),
+        ("DCNv4", {}),
+        ("DCNv4", dict(without_pointwise=True, center_feature_scale=True)),
+    ],
+)
+def test_dtypes(api, name, more):
+    options = dict(channels=8, group=2, **more)
+    state, x = random_state_of(name, **options), normal(2, 6, 5, 8)
+    y = layer(api, name, state, (x,), {}, **options, dtype=jnp.bfloat16)(x)
     assert y.dtype == jnp.bfloat16
-    exact = layer(api, name, state, (x,), {}, channels=8, group=2)(x)
+    exact = layer(api, name, state, (x,), {}, **options)(x)
+    assert exact.dtype == layer(api, name, state, (x,), {}, **options)(x.astype(jnp.bfloat16)).dtype == jnp.float32
     assert relative_error(y, exact) < 0.1
+
+
+def test_precision_reaches_every_product():
+    module = jax_dcn.nnx.DCNv3(8, group=2, center_feature_scale=True, precision="highest", rngs=nnx.Rngs(0))
+    text = str(jax.make_jaxpr(module)(normal(1, 5, 5, 8)))
+    assert text.count("dot_general[") == 5 and "precision=None" not in text
+
+
+def test_layers_copy_and_map():
+    module = jax_dcn.nnx.DCNv3(8, group=2, rngs=nnx.Rngs(0))
+    x = normal(2, 5, 4, 8)
+    for copy in (pickle.loads(pickle.dumps(module)), deepcopy(module), nnx.clone(module)):
+        assert_close(copy(x), module(x))
+    keys = jax.random.split(jax.random.key(0), 3)
+    ensemble = nnx.vmap(lambda key: jax_dcn.nnx.DCNv3(8, group=2, rngs=nnx.Rngs(key)))(keys)
+    assert nnx.vmap(lambda module, x: module(x), in_axes=(0, None))(ensemble, x).shape == (3, *x.shape)
+    assert module(x[:0]).shape == (0, 5, 4, 8)
+    attention = jax_dcn.nnx.MultiScaleDeformableAttention(**ATTENTION, dropout=0.0, rngs=nnx.Rngs(params=0))
+    assert not jax.tree.leaves(nnx.state(attention, nnx.RngState))
+    hash(jax_dcn.MultiScaleDeformableAttention(**ATTENTION, norm_cfg=dict(type="LN"), init_cfg=[{}]))
 
 
 def test_16_bits_of_the_attention_have_exact_locations(api):
@@ -440,6 +470,9 @@ def test_other_names(api):
         (dict(spatial_shapes=((2, 2), (1, 2))), "value has 5 pixels, expected 6"),
         (dict(reference_points=normal(1, 3, 2, 3)), r"reference_points has shape \(1, 3, 2, 3\)"),
         (dict(query=normal(1, 3, 7)), r"query has shape \(1, 3, 7\), expected \(N, length, embed_dims\)"),
+        (dict(query_pos=normal(1, 4, 8)), r"query_pos has shape \(1, 4, 8\), expected query's, \(1, 3, 8\)"),
+        (dict(value=normal(2, 5, 8)), "value has batch size 2, expected query's, 1"),
+        (dict(identity=normal(7, 3, 8)), r"identity has shape \(7, 3, 8\), expected query's, \(1, 3, 8\)"),
         (dict(key_padding_mask=np.zeros((1, 4), bool)), r"key_padding_mask has shape \(1, 4\), expected \(1, 5\)"),
     ],
 )
@@ -473,6 +506,9 @@ def test_wrong_inputs_of_dcnv3():
         (dict(norm_layer="BN"), "norm_layer must be 'LN'"),
         (dict(groups=(4, 8)), "depths and groups of one length"),
         (dict(drop_path_rate=-1), "drop_path_rate must be from 0 to 1"),
+        (dict(mlp_ratio=0), r"channels \* mlp_ratio must be at least 1, got 0"),
+        (dict(layer_scale=np.nan), "layer_scale must be finite, got nan"),
+        (dict(level2_post_norm=True, level2_post_norm_block_ids=[99]), "level2_post_norm_block_ids must be different"),
     ],
 )
 def test_wrong_arguments_of_internimage(options, message):

@@ -264,6 +264,16 @@ def test_scaled_offsets_of_16_bits_are_not_rounded(dtype, implementation):
     np.testing.assert_array_equal(y[0, 0, :63, 0], jnp.arange(63) + np.float32(0.5 + 2**-13))
 
 
+@pytest.mark.parametrize("scale", [0.3, 1e8])
+def test_no_scale_loses_the_grid(scale, implementation):
+    """Offsets that move all taps onto the middle do so whatever the scale."""
+    x = jnp.zeros((1, 5, 5, 1), jnp.float32).at[0, 2, 2].set(1)
+    back = -jnp.asarray([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], jnp.float32)
+    offset = jnp.broadcast_to(back.reshape(1, 1, 1, 18), (1, 3, 3, 18))
+    y = jax_dcn.dcnv3(x, offset, jnp.ones((1, 3, 3, 9), jnp.float32), offset_scale=scale)
+    assert y[0, 1, 1, 0] == 9
+
+
 # --- dcnv4 ---
 
 
@@ -515,6 +525,20 @@ def check_sharing(name, kind):
     jax.tree.map(assert_close, (grads, y), expected)
 
 
+@pytest.mark.parametrize("name", ["dcnv3", "attention"])
+def test_a_mesh_of_one_device(name, implementation):
+    """With explicit axes, where nothing is left to XLA's partitioner."""
+    make, draw = FUNCTIONS[name]
+    *arrays, _ = map(jnp.asarray, draw())
+    gradient = jax.grad(lambda *a: make()(*a).sum(), (0, 1, 2))
+    expected = gradient(*arrays)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        actual = gradient(*(jax.device_put(array, NamedSharding(mesh, P("d"))) for array in arrays))
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e)
+
+
 def test_explicit_axes_that_cut_groups():
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600"
     code = "import test_unweighted; test_unweighted.check_explicit_axes_that_cut_groups()"
@@ -572,6 +596,7 @@ def sizes_of(**changed):
         ({}, dict(kernel_size=(3, 5), remove_center=True), "remove_center needs an odd, square kernel_size above 1"),
         ({}, dict(kernel_size=1, remove_center=True), "remove_center needs an odd, square kernel_size above 1"),
         ({}, dict(offset_scale=float("inf")), "offset_scale must be finite, got inf"),
+        ({}, dict(offset_scale=10**400), "offset_scale must be finite, got 1000"),
     ],
 )
 def test_wrong_values_of_dcnv3(changed, options, message):
@@ -640,7 +665,7 @@ def test_the_levels_are_static():
     for same in (np.array(shapes), jnp.asarray(shapes), [list(shape) for shape in shapes], list(map(np.array, shapes))):
         assert_close(function(value, same, locations, weights), expected)
         assert_close(jax.jit(lambda *a, same=same: function(a[0], same, *a[1:]))(value, locations, weights), expected)
-    message = r"multi_scale_deformable_attention: spatial_shapes must be .*, known while tracing, got .*Trace"
+    message = r"multi_scale_deformable_attention: spatial_shapes must be .* known while tracing .*, got .*Trace"
     with pytest.raises(TypeError, match=message):
         jax.jit(function)(value, jnp.asarray(shapes), locations, weights)
     with pytest.raises(TypeError, match=r"spatial_shapes must be an integer, got 3\.5"):

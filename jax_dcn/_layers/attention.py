@@ -14,8 +14,7 @@ from jax.typing import DTypeLike
 
 from jax_dcn._checks import check_array, check_bool, to_array, to_count, to_scale, to_spatial_shapes
 from jax_dcn._layers.arguments import MmcvArguments
-from jax_dcn._layers.dcnv3 import softmax
-from jax_dcn._layers.parts import Built, Linear, Part
+from jax_dcn._layers.parts import Built, Linear, Part, softmax
 from jax_dcn.functional import checked_attention
 
 
@@ -62,6 +61,7 @@ class MultiScaleDeformableAttention(MmcvArguments):
             check_bool(name, argument, getattr(self, argument))
         if not 0 <= to_scale(name, "dropout", dropout) <= 1:
             raise ValueError(f"{name}: dropout must be from 0 to 1, got {dropout!r}")
+        self.norm_cfg = self.init_cfg = None  # a dict could not be hashed
         self.value_proj_ratio = to_scale(name, "value_proj_ratio", self.value_proj_ratio)
         for argument, size in (("embed_dims", self.embed_dims), ("embed_dims * value_proj_ratio", self._value_dims)):
             if size < 1 or size % self.num_heads:
@@ -102,6 +102,13 @@ class MultiScaleDeformableAttention(MmcvArguments):
         offsets = rays[:, None, None, :] * steps[None, None, :, None]
         return jnp.repeat(offsets, self.num_levels, 1).reshape(shape).astype(dtype)
 
+    def _like_query(self, argument: str, value: Any, query: jax.Array) -> jax.Array:
+        """What is added to something of the query's shape."""
+        check_array(self._name, argument, value)
+        if value.shape != query.shape:
+            raise ValueError(f"{self._name}: {argument} has shape {value.shape}, expected query's, {query.shape}")
+        return value
+
     def _run(
         self,
         parts: Built,
@@ -128,16 +135,18 @@ class MultiScaleDeformableAttention(MmcvArguments):
                     f"{name}: {argument} has shape {array.shape}, expected {order} with embed_dims {self.embed_dims}"
                 )
         if query_pos is not None:
-            check_array(name, "query_pos", query_pos)
-            query = query + query_pos
+            query = query + self._like_query("query_pos", query_pos, query)
         if not self.batch_first:
             query, value = jnp.swapaxes(query, 0, 1), jnp.swapaxes(value, 0, 1)
         batch, queries, _ = query.shape
+        if value.shape[0] != batch:
+            raise ValueError(f"{name}: value has batch size {value.shape[0]}, expected query's, {batch}")
         points = to_array(name, "reference_points", reference_points)
-        if points.shape not in [(batch, queries, self.num_levels, size) for size in (2, 4)]:
+        expected = [(batch, queries, self.num_levels, size) for size in (2, 4)]
+        if points.shape not in expected:
             raise ValueError(
-                f"{name}: reference_points has shape {points.shape}, expected {(batch, queries, self.num_levels)} and "
-                "2 or 4 = (N, queries, num_levels, 2 or 4)"
+                f"{name}: reference_points has shape {points.shape}, expected {expected[0]} or {expected[1]} = "
+                f"(N, queries, num_levels, 2 or 4), with batch_first={self.batch_first}"
             )
 
         value = parts["value_proj"](value)

@@ -12,9 +12,18 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from jax_dcn._checks import PaddingLike, check_bool, check_images, to_count, to_padding, to_pair, to_scale
+from jax_dcn._checks import (
+    PaddingLike,
+    check_bool,
+    check_images,
+    check_remove_center,
+    to_count,
+    to_padding,
+    to_pair,
+    to_scale,
+)
 from jax_dcn._layers.arguments import MmcvArguments
-from jax_dcn._layers.parts import Built, DepthwiseConv, LayerNorm, Linear, Part, Zeros
+from jax_dcn._layers.parts import Built, DepthwiseConv, LayerNorm, Linear, Part, Zeros, softmax
 from jax_dcn._operator.geometry import Pair
 from jax_dcn.functional import checked_dcnv3, checked_dcnv4
 
@@ -47,6 +56,7 @@ class _Layer(MmcvArguments):
     center_feature_scale: bool
     remove_center: bool
     param_dtype: DTypeLike
+    precision: Any
     forward_mode: bool
 
     @property
@@ -65,13 +75,11 @@ class _Layer(MmcvArguments):
             self.dw_kernel_size = to_pair(name, "dw_kernel_size", self.dw_kernel_size, 1)
         self.pad = to_padding(name, self.pad)
         self.offset_scale = to_scale(name, "offset_scale", self.offset_scale)
-        for argument in ("center_feature_scale", "remove_center", "forward_mode"):
+        for argument in ("center_feature_scale", "forward_mode"):
             check_bool(name, argument, getattr(self, argument))
         if self.channels % self.group:
             raise ValueError(f"{name}: channels ({self.channels}) must be a multiple of group ({self.group})")
-        kh, kw = cast(Pair, self.kernel_size)
-        if self.remove_center and (kh != kw or kh % 2 == 0 or kh == 1):
-            raise ValueError(f"{name}: remove_center needs an odd, square kernel_size above 1, got ({kh}, {kw})")
+        check_remove_center(name, self.remove_center, cast(Pair, self.kernel_size))
 
     @property
     def _smallest_inputs(self) -> tuple[jax.ShapeDtypeStruct]:
@@ -113,7 +121,8 @@ class _Layer(MmcvArguments):
                 f"{x.shape[1:3]}"
             )
         weight, bias = (parts[f"center_feature_scale_proj_{leaf}"].astype(y.dtype) for leaf in ("weight", "bias"))
-        share = jax.nn.sigmoid(features @ weight.T + bias[None, None, None])
+        logits = jnp.matmul(features, weight.T, precision=self.precision) + bias[None, None, None]
+        share = jax.nn.sigmoid(logits)
         share = jnp.repeat(share, self.channels // self.group, -1)
         return y * (1 - share) + x * share
 
@@ -224,13 +233,8 @@ class DCNv4(_Layer):
     def _run(self, x: jax.Array, parts: Built) -> jax.Array:
         down, right = cast(Pair, self.stride)
         features = parts["offset_mask_dw"](x) if "offset_mask_dw" in parts else x[:, ::down, ::right]
-        if "value_proj" in parts:
-            x = parts["value_proj"](x)
-        y = checked_dcnv4(self._name, x, parts["offset_mask"](features), **self._options)
+        offset_mask = parts["offset_mask"](features)
+        x = parts["value_proj"](x) if "value_proj" in parts else x.astype(offset_mask.dtype)
+        y = checked_dcnv4(self._name, x, offset_mask, **self._options)
         y = self._blend(y, x, y, parts)
         return parts["output_proj"](y) if "output_proj" in parts else y
-
-
-def softmax(x: jax.Array) -> jax.Array:
-    """Over the last axis, in float32 at least."""
-    return jax.nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)), -1).astype(x.dtype)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.nn import initializers
 
 from jax_dcn._operator.geometry import Pair
@@ -65,3 +67,8 @@ Part = Linear | DepthwiseConv | LayerNorm | Zeros
 
 # The parts as built, by their names: functions, and parameters of the layer's own.
 Built = Mapping[str, Any]
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """Over the last axis, in float32 at least."""
+    return jax.nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)), -1).astype(x.dtype)

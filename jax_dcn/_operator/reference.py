@@ -50,7 +50,9 @@ def sample(
     """The modulated bilinear samples, in the accumulation dtype."""
     n, height, width, c_in = x.shape
     dtype = accumulation_dtype(x.dtype)
-    image = x.astype(dtype).reshape(n, height * width, geometry.deform_groups, c_in // geometry.deform_groups)
+    # In two steps, each of which JAX shards on a mesh with explicit axes.
+    image = x.astype(dtype).reshape(n, height * width, c_in)
+    image = image.reshape(n, height * width, geometry.deform_groups, c_in // geometry.deform_groups)
 
     y_at, x_at = coordinates(offset, geometry, dtype)
     valid = (y_at > -1) & (x_at > -1) & (y_at < height) & (x_at < width)  # False for NaN

@@ -64,9 +64,11 @@ def _dcnv3(
     kh, kw = geometry.kernel_size
     if offset_scale != 1:
         dtype = accumulation_dtype(x.dtype)
-        grid = _grid(geometry) if offset.shape[4] == geometry.taps else np.delete(_grid(geometry), kh * kw // 2, axis=0)
-        moved = jnp.asarray((offset_scale - 1) * grid, dtype)
-        offset = offset.astype(dtype) * jnp.asarray(offset_scale, dtype) + moved[None, None, None, None]
+        places = _grid(geometry)
+        if offset.shape[4] < geometry.taps:
+            places = np.delete(places, geometry.taps // 2, axis=0)
+        grid = jnp.asarray(places, dtype)[None, None, None, None]
+        offset = (offset.astype(dtype) + grid) * jnp.asarray(offset_scale, dtype) - grid
     if offset.shape[4] < geometry.taps:
         # No image has a pixel there, so that the tap is 0 whatever its mask and the image hold.
         offset = _insert(offset, jnp.inf)

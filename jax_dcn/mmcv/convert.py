@@ -73,10 +73,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[
     """A state dict in Flax's names and layouts, as nested dicts of numpy arrays.
 
     The result has the form of `nnx.to_pure_dict`, with the numbers of a list as strings ("layer2", "0", ...), and for
-    a model without batch normalisation that of linen's "params" too. It is made from the arrays alone, so a `weight`
-    of two or more axes counts as a kernel (an embedding's does not come out right, and a transposed convolution's is
-    that of `jax_dcn.mmcv.nn.ConvTranspose2d`), and one of a single axis as the scale of a norm. `load_into` knows the
-    module and decides by it.
+    a model without lists and batch normalisation that of linen's "params" too. It is made from the arrays alone, so a
+    `weight` of two or more axes counts as a kernel (an embedding's does not come out right, and a transposed
+    convolution's is that of `jax_dcn.mmcv.nn.ConvTranspose2d`), and one of a single axis as the scale of a norm.
+    `load_into` knows the module and decides by it.
 
     Args:
       state_dict, prefix: as in `load_checkpoint`, whose rules apply.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jax_dcn._checks import check_bool, check_data_format, to_count, to_integer, to_scale
+from jax_dcn._checks import check_array, check_bool, check_data_format, to_count, to_integer, to_scale
 from jax_dcn.mmcv.nn import (
     BatchNorm2d,
     Conv2d,
@@ -135,14 +135,14 @@ class _Block(nnx.Module):
         channels: int,
         *,
         norm: bool,
-        post_norm_block_ids: Sequence[int] | None,
+        post_norm_block_ids: Sequence[int],
         downsample: bool,
         **options: Any,
     ):
         self.blocks = ModuleList(layers)
         self.norm = _norm(channels, **options) if norm else None
-        self.post_norm_block_ids = tuple(post_norm_block_ids or ())
-        if post_norm_block_ids is not None:
+        self.post_norm_block_ids = tuple(post_norm_block_ids)
+        if post_norm_block_ids:
             self.post_norms = ModuleList([_norm(channels, **options) for _ in post_norm_block_ids])
         self.downsample = _Downsample(channels, **options) if downsample else None
 
@@ -166,7 +166,8 @@ class InternImage(nnx.Module):
     Args:
       core_op: "DCNv3" (default) or "DCNv4".
       channels: of the first stage (default 64), doubled by every later one.
-      depths, groups: layers, and groups of channels, of every stage (default (3, 4, 18, 5) and (4, 8, 16, 32)).
+      depths, groups: layers, and groups of channels, of every stage (default (3, 4, 18, 5) and (4, 8, 16, 32); the
+        original's default groups do not divide its default channels).
       num_classes: of the logits (default 1000); 0 gives the averaged features in their place; None leaves all behind
         the maps out, as detectors do.
       mlp_ratio: of the perceptrons' hidden channels (default 4.0).
@@ -233,15 +234,16 @@ class InternImage(nnx.Module):
             ("act_layer", act_layer, _ACTIVATIONS),
             ("norm_layer", norm_layer, ("LN",)),
             ("drop_path_type", drop_path_type, ("linear", "uniform")),
-            ("use_clip_projector", use_clip_projector, (False,)),
         ):
             if value not in known:
                 raise ValueError(f"{name}: {argument} must be {' or '.join(map(repr, known))}, got {value!r}")
+        if use_clip_projector:
+            raise ValueError(f"{name}: use_clip_projector must be False: the projector is not built")
         flash = core_op == "DCNv4"
         offset_scale = (0.5 if flash else 1.0) if offset_scale is None else offset_scale
         mlp_fc2_bias = not flash if mlp_fc2_bias is None else mlp_fc2_bias
         dcn_output_bias = not flash if dcn_output_bias is None else dcn_output_bias
-        for argument, value in (
+        for argument, switch in (
             ("post_norm", post_norm),
             ("with_cp", with_cp),
             ("level2_post_norm", level2_post_norm),
@@ -250,8 +252,11 @@ class InternImage(nnx.Module):
             ("mlp_fc2_bias", mlp_fc2_bias),
             ("dcn_output_bias", dcn_output_bias),
         ):
-            check_bool(name, argument, value)
+            check_bool(name, argument, switch)
         channels = to_count(name, "channels", channels)
+        for argument, sizes in (("depths", depths), ("groups", groups)):
+            if not isinstance(sizes, (tuple, list)):
+                raise TypeError(f"{name}: {argument} must be a sequence of integers, got {sizes!r}")
         depths = [to_count(name, "depths", depth) for depth in depths]
         groups = [to_count(name, "groups", group) for group in groups]
         if len(depths) != len(groups) or not depths or channels % 2:
@@ -266,6 +271,19 @@ class InternImage(nnx.Module):
         for argument, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0 <= to_scale(name, argument, rate) <= 1:
                 raise ValueError(f"{name}: {argument} must be from 0 to 1, got {rate!r}")
+
+        mlp_ratio, cls_scale = to_scale(name, "mlp_ratio", mlp_ratio), to_scale(name, "cls_scale", cls_scale)
+        if layer_scale is not None:
+            layer_scale = to_scale(name, "layer_scale", layer_scale)
+        for argument, factor in (("mlp_ratio", mlp_ratio), ("cls_scale", cls_scale)):
+            if channels * factor < 1:
+                raise ValueError(f"{name}: channels * {argument} must be at least 1, got {channels * factor}")
+        ids = [to_integer(name, "level2_post_norm_block_ids", i) for i in level2_post_norm_block_ids or ()]
+        if level2_post_norm and (len(depths) < 3 or len(set(ids)) < len(ids) or not set(ids) <= set(range(depths[2]))):
+            raise ValueError(
+                f"{name}: level2_post_norm_block_ids must be different layers of the third stage, got {ids} for depths "
+                f"{depths}"
+            )
 
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.data_format, self.num_classes = data_format, num_classes
@@ -306,7 +324,7 @@ class InternImage(nnx.Module):
                     layers,
                     width,
                     norm=not post_norm or center_feature_scale,
-                    post_norm_block_ids=level2_post_norm_block_ids if level2_post_norm and level == 2 else None,
+                    post_norm_block_ids=ids if level2_post_norm and level == 2 else (),
                     downsample=level < len(depths) - 1,
                     **options,
                 )
@@ -356,6 +374,7 @@ class InternImage(nnx.Module):
     def _maps(self, x: jax.Array) -> list[jax.Array]:
         """Those of all stages, NHWC."""
         axis = self.data_format.index("C")
+        check_array(type(self).__name__, "x", x)
         if x.ndim != 4 or x.shape[axis] != 3:
             raise ValueError(
                 f"{type(self).__name__}: x has shape {x.shape}, expected {self.data_format} with 3 channels"
