@@ -17,6 +17,38 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
+// Where a tap samples, and which image: at (y, x) from its pixel's own place on, plus its offset times the scale. The
+// image begins at a pixel of x.
+template <class Real>
+struct Place {
+  Real y, x;
+  Real scale_y, scale_x;
+  int32_t height, width, first;
+};
+
+// Sizes are those of a convolution, of any integers.
+template <class Real, class Sizes>
+JAX_DCN_INLINE Place<Real> PlaceOf(const Sizes& g, int tap) {
+  const auto& levels = g.levels;
+  if (levels.count == 0) {
+    const int kh = static_cast<int>(g.kernel_h), kw = static_cast<int>(g.kernel_w);
+    const int row = g.x_first ? tap % kh : tap / kw;
+    const int column = g.x_first ? tap / kh : tap % kw;
+    return {static_cast<Real>(row * g.dilation_h),
+            static_cast<Real>(column * g.dilation_w),
+            Real(1),
+            Real(1),
+            static_cast<int32_t>(g.height),
+            static_cast<int32_t>(g.width),
+            0};
+  }
+  // The fractions 0 and 1 are the borders of the image, half a pixel outside the middles of its first and last one.
+  const int level = tap / (static_cast<int>(g.kernel_h * g.kernel_w) / levels.count);
+  const int32_t height = levels.height[level], width = levels.width[level];
+  return {Real(-0.5), Real(-0.5), static_cast<Real>(height), static_cast<Real>(width),
+          height,     width,      levels.first[level]};
+}
+
 // The corners in the order of all arrays of four: (y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1).
 inline constexpr int kCorners = 4;
 

@@ -424,6 +424,7 @@ def check_dcnv3(
         dilation=to_pair(name, "dilation", dilation, 1),
         groups=channels,
         deform_groups=to_count(name, "groups", groups),
+        x_first=True,
     )
     check_remove_center(name, remove_center, geometry.kernel_size)
     _check_groups(name, channels, "C", "groups", geometry.deform_groups, geometry.taps)
@@ -475,6 +476,8 @@ def to_spatial_shapes(name: str, value: Any) -> tuple[Pair, ...]:
             raise ValueError(f"{name}: spatial_shapes must be at least 1, got {shapes}")
         if less(MAX_PIXELS - 1, (height + 1) * width):
             raise ValueError(f"{name}: a level must have fewer than 2^31 pixels, got spatial_shapes {shapes}")
+    if less(MAX_PIXELS, sum(height * width for height, width in shapes)):
+        raise ValueError(f"{name}: all levels must have fewer than 2^31 pixels, got spatial_shapes {shapes}")
     return shapes
 
 
@@ -495,7 +498,7 @@ def check_attention(
     _, queries, _, _, points, _ = sampling_locations.shape
     if less(points, 1):
         raise ValueError(f"{name}: sampling_locations has no points, in shape {sampling_locations.shape}")
-    _check_groups(name, heads * depth, "heads * D", "heads", heads, points)
+    _check_groups(name, heads * depth, "heads * D", "heads", heads, points * len(shapes))
     weights_shape = (n, queries, heads, len(shapes), points)
     for argument, operand, shape, order in (
         ("sampling_locations", sampling_locations, (*weights_shape, 2), "(N, Q, heads, levels, points, 2)"),

@@ -66,6 +66,13 @@ class _DeformConv2d(PrimitiveLeafPlugin):
                 axes = (3, 2, 0, 1) if name == "weight" else (0, 3, 1, 2)
                 value = node("Transpose", value, dtype=dtype, shape=[shape[axis] for axis in axes], perm=axes)
             values[name] = value
+        if geometry.x_first:
+            # Where each tap of a rows-first kernel is in the other order, then each (y, x) of its offset.
+            taps = np.arange(geometry.mask_channels).reshape(-1, *geometry.kernel_size[::-1]).swapaxes(1, 2).ravel()
+            for name, order in (("offset", np.stack([2 * taps + 1, 2 * taps], -1).ravel()), ("mask", taps)):
+                index = ctx.builder.add_initializer_from_array(ctx.fresh_name("order"), order)
+                shape = values[name].shape
+                values[name] = node("Gather", values[name], index, dtype=dtype, shape=shape, axis=1)
         if "weight" not in values:  # of DCNv3, whose samples are added as they are
             ones = np.ones((geometry.groups, 1, *geometry.kernel_size), dtype.numpy())
             values["weight"] = ctx.builder.add_initializer_from_array(ctx.fresh_name("weight"), ones)

@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "products.h"
+#include "sums.h"
 
 #define JAX_DCN_STRING_(x) #x
 #define JAX_DCN_STRING(x) JAX_DCN_STRING_(x)
@@ -34,13 +35,26 @@ bool Run(const Geometry& g, const Arrays& arrays, int64_t depth, Workers& worker
   return false;
 }
 
+template <template <class> class Kernel, class Arrays>
+bool RunSums(const Geometry& g, const Arrays& arrays, Workers& workers) {
+  switch (arrays.x.dtype) {
+    case DType::kFloat32: return Kernel<float>(g, arrays).Run(workers);
+    case DType::kFloat64: return Kernel<double>(g, arrays).Run(workers);
+    case DType::kBFloat16: return Kernel<BFloat16>(g, arrays).Run(workers);
+    case DType::kFloat16: return Kernel<Float16>(g, arrays).Run(workers);
+  }
+  return false;
+}
+
 // The depth is made of the channels of each tap.
 bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers) {
+  if (!g.weighted) return RunSums<ForwardSums>(g, arrays, workers);
   return Run<Forward>(g, arrays, g.group_in(), workers);
 }
 
 // That of grad_samples is the output channels; that of grad_weight is the pixels of a tile, made up to whole pairs.
 bool RunBackward(const Geometry& g, const BackwardArrays& arrays, Workers& workers) {
+  if (!g.weighted) return RunSums<BackwardSums>(g, arrays, workers);
   return Run<Backward>(g, arrays, g.group_out(), workers);
 }
 

@@ -43,7 +43,7 @@ class Sampler {
   struct Scratch {
     Scratch(const Sampler& s, Carver& carver)
         : tile(carver.Take<Tile<Real>>(1)),
-          tap(carver.Take<Tap<Real>>(1)),
+          tap(carver.Take<Tap<Real, kTileRows>>(1)),
           sums(carver.Take<Real[kTileRows]>(kCorners)),
           offset(carver.Take<Real>(s.max_deform_groups_ * s.g_.taps() * 2 * kTileRows)),
           mask(carver.Take<Real>(s.mask_ ? s.max_deform_groups_ * s.g_.taps() * kTileRows : kTileRows)),
@@ -51,7 +51,7 @@ class Sampler {
           spill(carver.Take<Real>(s.max_channels_)) {}
 
     Tile<Real>* tile;
-    Tap<Real>* tap;
+    Tap<Real, kTileRows>* tap;
     Real (*sums)[kTileRows];
     Real* offset;  // (deform groups of a slice, taps, 2, kTileRows)
     Real* mask;    // (deform groups of a slice, taps, kTileRows); ones, (kTileRows), where there is no mask
@@ -109,9 +109,9 @@ class Sampler {
         const int64_t begin = Max(slice.begin, d * g_.deform_in());
         const Real* dy = space.offset + i * 2 * kTileRows;
         const Real* mask = space.mask + (mask_ ? i * kTileRows : 0);
-        FillTap<kWant & ~kSamples>(g_, *space.tile, t, dy, dy + kTileRows, mask,
-                                   PixelsOf(visited.x, begin, space.zeros),
-                                   PixelsOf(visited.grad_x, begin, space.spill), *space.tap);
+        FillTap<kWant & ~kSamples>(PlaceOf<Real>(g_, static_cast<int>(t)), *space.tile, 0, space.tile->pixels, dy,
+                                   dy + kTileRows, mask, PixelsOf(g_, visited.x, begin, space.zeros),
+                                   PixelsOf(g_, visited.grad_x, begin, space.spill), *space.tap);
 
         const int64_t column = (t - taps.begin) * slice.channels() + begin - slice.begin;
         TapChannels<Real, Operand> channels;
@@ -128,12 +128,6 @@ class Sampler {
         }
       }
     }
-  }
-
-  template <class Element>
-  Pixels PixelsOf(const Element* array, int64_t channel, const Element* outside) const {
-    return {reinterpret_cast<intptr_t>(array + (array == nullptr ? 0 : channel)),
-            g_.c_in * static_cast<int64_t>(sizeof(Element)), reinterpret_cast<intptr_t>(outside)};
   }
 
   const Geometry& g_;

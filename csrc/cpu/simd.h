@@ -24,7 +24,8 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
-#define JAX_DCN_SIMD inline __attribute__((always_inline))
+#define JAX_DCN_ALWAYS_INLINE __attribute__((always_inline))
+#define JAX_DCN_SIMD inline JAX_DCN_ALWAYS_INLINE
 
 // kMaxRows x 2 accumulators, two vectors of the other operand and a broadcast fill the registers: 32 in AVX-512 and
 // aarch64, 16 in AVX2 and SSE2.

@@ -29,8 +29,8 @@ class TileGrid {
       : first_row_(rows.begin),
         rows_(rows.size()),
         columns_(g.w_out),
-        across_(CeilDiv(columns_, kTileWidth)),
-        down_(CeilDiv(rows_, Max<int64_t>(1, pixels / CeilDiv(columns_, across_)))) {}
+        across_(Max<int64_t>(1, CeilDiv(columns_, kTileWidth))),
+        down_(CeilDiv(rows_, Max<int64_t>(1, pixels / Max<int64_t>(1, CeilDiv(columns_, across_))))) {}
 
   int64_t count() const { return across_ * down_; }
   int64_t max_pixels() const { return CeilDiv(rows_, down_) * CeilDiv(columns_, across_); }
@@ -52,6 +52,7 @@ struct Tile {
   int64_t first[kTileRows];        // per row of the tile: index of its first pixel, of all output pixels
   int64_t first_image[kTileRows];  // per row: index of its image
   int64_t image[kTileRows];        // per pixel: index of the first input pixel of its image
+  int64_t output[kTileRows];       // per pixel: its index, of all output pixels
   alignas(64) Real y[kTileRows];   // where tap (0, 0) samples with no offset
   alignas(64) Real x[kTileRows];
 };
@@ -68,6 +69,7 @@ void FillTile(const Geometry& g, const Rectangle& r, Tile<Real>& tile) {
     const Real y = static_cast<Real>(row % g.h_out * g.stride_h - g.padding_h);
     for (int64_t wo = r.columns.begin; wo < r.columns.end; ++wo, ++p) {
       tile.image[p] = tile.first_image[i] * g.image();
+      tile.output[p] = row * g.w_out + wo;
       tile.y[p] = y;
       tile.x[p] = static_cast<Real>(wo * g.stride_w - g.padding_w);
     }

@@ -26,36 +26,45 @@ struct Pixels {
   intptr_t outside;
 };
 
-template <class Real>
+// Those of an array, from a channel on.
+template <class Element>
+Pixels PixelsOf(const Geometry& g, const Element* array, int64_t channel, const Element* outside) {
+  return {reinterpret_cast<intptr_t>(array + (array == nullptr ? 0 : channel)),
+          g.c_in * static_cast<int64_t>(sizeof(Element)), reinterpret_cast<intptr_t>(outside)};
+}
+
+// Of at most kPixels pixels.
+template <class Real, int kPixels>
 struct Tap {
-  alignas(64) intptr_t corner[kCorners][kTileRows];       // address of the corner's pixel
-  alignas(64) intptr_t grad_corner[kCorners][kTileRows];  // the same in grad_x
-  alignas(64) Real weight[kCorners][kTileRows];           // bilinear, times the mask
-  alignas(64) Real ly[kTileRows];
-  alignas(64) Real lx[kTileRows];
-  alignas(64) Real mask[kTileRows];   // 0 where the sample is invalid
-  alignas(64) Real valid[kTileRows];  // 1 or 0
+  alignas(64) intptr_t corner[kCorners][kPixels];       // address of the corner's pixel
+  alignas(64) intptr_t grad_corner[kCorners][kPixels];  // the same in grad_x
+  alignas(64) Real weight[kCorners][kPixels];           // bilinear, times the mask
+  alignas(64) Real ly[kPixels];
+  alignas(64) Real lx[kPixels];
+  alignas(64) Real mask[kPixels];   // 0 where the sample is invalid
+  alignas(64) Real valid[kPixels];  // 1 or 0
 };
 
-// Locates the samples. dy, dx and mask are per pixel. What only kSums or kGradX needs is computed where it is wanted.
-template <int kWant, class Real>
-void FillTap(const Geometry& g, const Tile<Real>& tile, int64_t tap_index, const Real* dy, const Real* dx,
-             const Real* mask, Pixels x, Pixels grad_x, Tap<Real>& tap) {
+// Locates the samples of a tile's pixels from `first` on. dy, dx and mask are those of the tile's pixels. What only
+// kSums or kGradX needs is computed where it is wanted.
+template <int kWant, class Real, int kPixels>
+void FillTap(const Place<Real>& place, const Tile<Real>& tile, int first, int pixels, const Real* dy, const Real* dx,
+             const Real* mask, Pixels x, Pixels grad_x, Tap<Real, kPixels>& tap) {
   constexpr bool want_sums = (kWant & kSums) != 0;
   constexpr bool want_grad_x = (kWant & kGradX) != 0;
-  const Real tap_y = static_cast<Real>(tap_index / g.kernel_w * g.dilation_h);
-  const Real tap_x = static_cast<Real>(tap_index % g.kernel_w * g.dilation_w);
-  const int32_t height = static_cast<int32_t>(g.height);
-  const int32_t width = static_cast<int32_t>(g.width);
-  const int64_t row = g.width * x.stride;
-  const int64_t grad_row = g.width * grad_x.stride;
-  const int pixels = tile.pixels;
+  const Real* tile_y = tile.y + first;
+  const Real* tile_x = tile.x + first;
+  const int64_t* image = tile.image + first;
+  const int64_t row = place.width * x.stride;
+  const int64_t grad_row = place.width * grad_x.stride;
+  dy += first, dx += first, mask += first;
   JAX_DCN_INDEPENDENT
   for (int p = 0; p < pixels; ++p) {
     // The sum of the first two is a whole number, so that the coordinate is rounded once.
-    const Sample<Real> s = Locate((tile.y[p] + tap_y) + dy[p], (tile.x[p] + tap_x) + dx[p], height, width);
+    const Sample<Real> s = Locate((tile_y[p] + place.y) + dy[p] * place.scale_y,
+                                  (tile_x[p] + place.x) + dx[p] * place.scale_x, place.height, place.width);
     const Real factor = s.valid ? mask[p] : Real(0);
-    const int64_t pixel = tile.image[p] + s.index;
+    const int64_t pixel = image[p] + (place.first + s.index);
     const int64_t corner = x.first + pixel * x.stride;
     const int64_t grad_corner = want_grad_x ? grad_x.first + pixel * grad_x.stride : 0;
     for (int k = 0; k < kCorners; ++k) {
@@ -89,7 +98,8 @@ struct TapChannels {
 
 // One pass over the samples of a tile for all that is wanted. V holds the channels visited at a time; if kOnce, all.
 template <int kWant, class T, class V, bool kOnce, class Real, class Operand>
-void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Real, Operand>& channels) {
+void VisitChannels(const Tile<Real>& tile, const Tap<Real, kTileRows>& tap,
+                   const TapChannels<Real, Operand>& channels) {
   constexpr bool want_samples = (kWant & kSamples) != 0;
   constexpr bool want_sums = (kWant & kSums) != 0;
   constexpr bool want_grad_x = (kWant & kGradX) != 0;
@@ -151,7 +161,7 @@ void VisitChannels(const Tile<Real>& tile, const Tap<Real>& tap, const TapChanne
 // Whole vectors and a part of one; half vectors where one is all, as 8 channels in a vector of 16 lanes would cross
 // cache lines for nothing; and single channels.
 template <int kWant, class T, class Real, class Operand>
-void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Real, Operand>& channels) {
+void VisitTap(const Tile<Real>& tile, const Tap<Real, kTileRows>& tap, const TapChannels<Real, Operand>& channels) {
   constexpr int lanes = kLanes<Real>;
   if constexpr (lanes >= 8) {
     if (channels.count == lanes / 2) {
@@ -167,7 +177,8 @@ void VisitTap(const Tile<Real>& tile, const Tap<Real>& tap, const TapChannels<Re
 
 // From the sums per corner to the gradients of the tap's offset (y, then x) and mask.
 template <class Real>
-void FinishSums(int pixels, const Tap<Real>& tap, Real (*sums)[kTileRows], Real* grad_offset, Real* grad_mask) {
+void FinishSums(int pixels, const Tap<Real, kTileRows>& tap, Real (*sums)[kTileRows], Real* grad_offset,
+                Real* grad_mask) {
   JAX_DCN_INDEPENDENT
   for (int p = 0; p < pixels; ++p) {
     const Real value[kCorners] = {sums[0][p], sums[1][p], sums[2][p], sums[3][p]};

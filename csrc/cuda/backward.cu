@@ -7,6 +7,7 @@
 #include "launcher.h"
 #include "layout.h"
 #include "parts.h"
+#include "sums_calls.h"
 #include "workspace.h"
 
 namespace jax_dcn {
@@ -196,6 +197,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
 
 WorkspaceSize BackwardWorkspace(const Geometry& geometry, const WantedGradients& wanted, DType dtype,
                                 const Options& options) {
+  if (!geometry.weighted) return BackwardSumsWorkspace(geometry, wanted, dtype);
   return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
     return OnAnyDevice(
         [&](int shared_bytes) { return BackwardPlan<decltype(a)>(geometry, wanted, shared_bytes, nullptr).size; });
@@ -206,6 +208,7 @@ Status Backward(const Geometry& geometry, const BackwardArrays& arrays, void* wo
                 int device, cudaStream_t stream) {
   Launcher launcher(device, stream, options.load_only);
   if (launcher.status().error != cudaSuccess) return launcher.status();
+  if (!geometry.weighted) return BackwardSums(geometry, arrays, workspace, options.deterministic, launcher);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision, [&](auto a) {
     return RunBackward<decltype(a)>(geometry, arrays, workspace, options.deterministic, launcher);
   });

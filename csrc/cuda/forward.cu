@@ -5,6 +5,7 @@
 #include "arithmetic.h"
 #include "launcher.h"
 #include "layout.h"
+#include "sums_calls.h"
 #include "workspace.h"
 
 namespace jax_dcn {
@@ -139,6 +140,7 @@ Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspac
 }  // namespace
 
 WorkspaceSize ForwardWorkspace(const Geometry& geometry, DType dtype, const Options& options) {
+  if (!geometry.weighted) return ForwardSumsWorkspace(geometry, dtype);
   return WithArithmetic(geometry, dtype, options.precision, [&](auto a) {
     return OnAnyDevice(
         [&](int shared_bytes) { return ForwardPlan<decltype(a)>(geometry, shared_bytes, nullptr).size; });
@@ -149,6 +151,7 @@ Status Forward(const Geometry& geometry, const ForwardArrays& arrays, void* work
                int device, cudaStream_t stream) {
   Launcher launcher(device, stream, options.load_only);
   if (launcher.status().error != cudaSuccess) return launcher.status();
+  if (!geometry.weighted) return ForwardSums(geometry, arrays, workspace, launcher);
   return WithArithmetic(geometry, arrays.x.dtype, options.precision,
                         [&](auto a) { return RunForward<decltype(a)>(geometry, arrays, workspace, launcher); });
 }

@@ -58,7 +58,7 @@ class SampleTable {
       const int at = ThreadIndex() / kRows + i * kTogether;
       if (at >= columns) break;
       const Sample<Real> sample = displacement[i].Locate(p, pixel, first_tap + at / units);
-      column(at).Set(row, p, pixel, sample, displacement[i].mask);
+      column(at).Set(row, p, pixel.image, sample, displacement[i].mask);
     }
   }
 

@@ -296,7 +296,7 @@ class LocatedGrads {
     Displacement<Real> displacement;
     displacement.Load(p, from, pixel.index, end, tap, deform_group);
     const Sample<Real> s = displacement.Locate(p, pixel, tap);
-    samples.Set(row, p, pixel, s, displacement.mask);
+    samples.Set(row, p, pixel.image, s, displacement.mask);
     real_[row] = s.ly;
     real_[kRows + row] = s.lx;
     real_[2 * kRows + row] = displacement.mask;

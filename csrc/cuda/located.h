@@ -8,20 +8,21 @@
 namespace jax_dcn {
 namespace cuda {
 
-// kRows of them.
-template <class Real>
+// kCount of them.
+template <class Real, int kCount = kRows>
 class LocatedSamples {
  public:
   static constexpr int kWeightVectors = kCorners * sizeof(Real) / sizeof(Vector16);
-  static constexpr int kBytes = kRows * (int{sizeof(int64_t)} + kWeightVectors * int{sizeof(Vector16)});
+  static constexpr int kBytes = kCount * (int{sizeof(int64_t)} + kWeightVectors * int{sizeof(Vector16)});
   static constexpr int kFlags = kCorners + 1;
 
   // From a byte of shared memory on.
   JAX_DCN_DEVICE explicit LocatedSamples(int byte)
-      : corner_(SharedMemory<int64_t>(byte)), weight_(SharedMemory<Vector16>(byte + kRows * int{sizeof(int64_t)})) {}
+      : corner_(SharedMemory<int64_t>(byte)), weight_(SharedMemory<Vector16>(byte + kCount * int{sizeof(int64_t)})) {}
 
-  JAX_DCN_DEVICE void Set(int row, const Problem& p, const OutputPixel& pixel, const Sample<Real>& sample, Real mask) {
-    int64_t corner = (pixel.image + sample.index) * p.c_in * (1 << kFlags);
+  // `image` is the pixel of x where the sample's image begins.
+  JAX_DCN_DEVICE void Set(int row, const Problem& p, int64_t image, const Sample<Real>& sample, Real mask) {
+    int64_t corner = (image + sample.index) * p.c_in * (1 << kFlags);
     if (sample.valid) corner |= 1 << kCorners;
     Real weight[kCorners];
     for (int k = 0; k < kCorners; ++k) {
@@ -32,7 +33,7 @@ class LocatedSamples {
     for (int v = 0; v < kWeightVectors; ++v) {
       Real part[kVector<Real>];
       for (int i = 0; i < kVector<Real>; ++i) part[i] = weight[v * kVector<Real> + i];
-      weight_[v * kRows + row] = Pack<Real, Real>(part);
+      weight_[v * kCount + row] = Pack<Real, Real>(part);
     }
   }
 
@@ -45,7 +46,7 @@ class LocatedSamples {
   JAX_DCN_DEVICE void Weights(int row, Real (&weight)[kCorners]) const {
     for (int v = 0; v < kWeightVectors; ++v) {
       Real part[kVector<Real>];
-      Unpack<Real>(weight_[v * kRows + row], part);
+      Unpack<Real>(weight_[v * kCount + row], part);
       for (int i = 0; i < kVector<Real>; ++i) weight[v * kVector<Real> + i] = part[i];
     }
   }

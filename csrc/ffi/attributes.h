@@ -15,9 +15,10 @@ namespace ffi = xla::ffi;
 using Sizes = ffi::Span<const int64_t>;
 
 struct Attributes {
-  Sizes stride, padding, dilation;  // padding: top, bottom, left, right
+  Sizes kernel, stride, padding, dilation;  // padding: before the first row, and column
+  Sizes levels;                             // height and width of each
   int64_t groups, deform_groups;
-  bool nchw, has_mask;
+  bool nchw, x_first, has_weight, has_mask;
   bool highest_precision, deterministic;
 };
 
@@ -28,11 +29,12 @@ struct BackwardAttributes : Attributes {
 }  // namespace jax_dcn
 
 // By name, in the order of the members.
-#define JAX_DCN_ATTRIBUTES                                                                                \
-  StructMember<jax_dcn::Sizes>("stride"), StructMember<jax_dcn::Sizes>("padding"),                        \
-      StructMember<jax_dcn::Sizes>("dilation"), StructMember<int64_t>("groups"),                          \
-      StructMember<int64_t>("deform_groups"), StructMember<bool>("nchw"), StructMember<bool>("has_mask"), \
-      StructMember<bool>("highest_precision"), StructMember<bool>("deterministic")
+#define JAX_DCN_ATTRIBUTES                                                                                             \
+  StructMember<jax_dcn::Sizes>("kernel"), StructMember<jax_dcn::Sizes>("stride"),                                      \
+      StructMember<jax_dcn::Sizes>("padding"), StructMember<jax_dcn::Sizes>("dilation"),                               \
+      StructMember<jax_dcn::Sizes>("levels"), StructMember<int64_t>("groups"), StructMember<int64_t>("deform_groups"), \
+      StructMember<bool>("nchw"), StructMember<bool>("x_first"), StructMember<bool>("has_weight"),                     \
+      StructMember<bool>("has_mask"), StructMember<bool>("highest_precision"), StructMember<bool>("deterministic")
 
 #define JAX_DCN_BACKWARD_ATTRIBUTES                                                    \
   JAX_DCN_ATTRIBUTES, StructMember<bool>("grad_x"), StructMember<bool>("grad_offset"), \

@@ -24,8 +24,7 @@ auto BindForward(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<ffi::AnyBuffer>()   // offset
-      .template Arg<ffi::AnyBuffer>()   // weight
-      .RemainingArgs()                  // [mask], [bias]
+      .RemainingArgs()                  // [weight], [mask], [bias]
       .template Ret<ffi::AnyBuffer>();  // y
 }
 
@@ -35,8 +34,7 @@ auto BindBackward(Binding&& binding) {
       .template Arg<ffi::AnyBuffer>()  // grad_y
       .template Arg<ffi::AnyBuffer>()  // x
       .template Arg<ffi::AnyBuffer>()  // offset
-      .template Arg<ffi::AnyBuffer>()  // weight
-      .RemainingArgs()                 // [mask]
+      .RemainingArgs()                 // [weight], [mask]
       .RemainingRets();                // the gradients wanted
 }
 
@@ -49,8 +47,6 @@ inline std::optional<DType> ToDType(ffi::DataType dtype) {
     default: return std::nullopt;
   }
 }
-
-inline bool IsPair(Sizes sizes) { return sizes.size() == 2; }
 
 using Shape = std::vector<int64_t>;
 
@@ -88,50 +84,58 @@ class Checker {
   const ffi::Error& error() const { return error_; }
   bool ok() const { return error_.success(); }
 
-  // Sizes from the shapes of x and weight and the attributes.
-  Geometry ToGeometry(Sizes image, Sizes kernel, const Attributes& a) {
+  // Sizes from the shapes of x, offset and, if there is one, weight, and the attributes.
+  Geometry ToGeometry(Sizes x, Sizes offset, Sizes weight, const Attributes& a) {
     Geometry g{};
-    if (image.size() != 4 || kernel.size() != 4) return Fail("x and weight must have rank 4"), g;
-    if (!IsPair(a.stride) || !IsPair(a.dilation)) return Fail("stride and dilation must be pairs"), g;
-    if (a.padding.size() != 4) {
-      return Fail("padding must be four numbers; was the program exported by another version of jax_dcn?"), g;
+    if (x.size() != 4 || offset.size() != 4) return Fail("x and offset must have rank 4"), g;
+    if (weight.size() != (a.has_weight ? 4 : 0)) return Fail("weight must have rank 4"), g;
+    if (a.kernel.size() != 2 || a.stride.size() != 2 || a.padding.size() != 2 || a.dilation.size() != 2) {
+      return Fail("kernel, stride, padding and dilation must be pairs"), g;
     }
     const int pixels = a.nchw ? 2 : 1;
-    g.batch = image[0], g.height = image[pixels], g.width = image[pixels + 1], g.c_in = image[a.nchw ? 1 : 3];
-    const int taps = a.nchw ? 2 : 0;
-    g.kernel_h = kernel[taps], g.kernel_w = kernel[taps + 1], g.c_out = kernel[a.nchw ? 0 : 3];
+    g.batch = x[0], g.height = x[pixels], g.width = x[pixels + 1], g.c_in = x[a.nchw ? 1 : 3];
+    g.h_out = offset[pixels], g.w_out = offset[pixels + 1];
+    g.c_out = a.has_weight ? weight[a.nchw ? 0 : 3] : g.c_in;
+    g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
     g.stride_h = a.stride[0], g.stride_w = a.stride[1];
-    g.padding_h = a.padding[0], g.padding_w = a.padding[2];
+    g.padding_h = a.padding[0], g.padding_w = a.padding[1];
     g.dilation_h = a.dilation[0], g.dilation_w = a.dilation[1];
     g.groups = a.groups, g.deform_groups = a.deform_groups;
-    const int64_t positive[] = {g.height,   g.width,    g.c_in,       g.kernel_h,   g.kernel_w, g.c_out,
-                                g.stride_h, g.stride_w, g.dilation_h, g.dilation_w, g.groups,   g.deform_groups};
-    for (const int64_t size : positive) {
-      if (size < 1) return Fail("sizes, strides, dilations and groups must be positive"), g;
+    g.weighted = a.has_weight, g.x_first = a.x_first;
+    for (const int64_t size : {g.height, g.width, g.c_in, g.c_out, g.kernel_h, g.kernel_w, g.groups, g.deform_groups}) {
+      if (size < 1) return Fail("sizes and groups must be positive"), g;
     }
-    if (g.batch < 0) return Fail("the batch must not be negative"), g;
+    for (const int64_t size :
+         {g.batch, g.h_out, g.w_out, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w}) {
+      if (size < 0) return Fail("the batch, the output, strides, paddings and dilations must not be negative"), g;
+    }
     if (g.c_in % g.groups != 0 || g.c_out % g.groups != 0 || g.c_in % g.deform_groups != 0) {
       return Fail("channels must be multiples of the groups"), g;
     }
-    if (kernel[a.nchw ? 1 : 2] != g.group_in()) return Fail("weight must have C_in / groups input channels"), g;
+    if (g.weighted && weight[a.nchw ? 1 : 2] != g.group_in()) {
+      return Fail("weight must have C_in / groups input channels"), g;
+    }
+    if (g.weighted && (g.x_first || a.levels.size() != 0)) return Fail("with a weight taps go along the rows"), g;
+    if (!g.weighted && (a.nchw || g.groups != g.c_in)) return Fail("without a weight each NHWC channel is a group"), g;
     // Pixels are counted, and regular coordinates computed, in 32 bits.
-    if (!FitsImage(g, a.padding)) return Fail("an image and its padding must be smaller than 2^31 pixels"), g;
+    if (!FitsImage(g)) return Fail("an image and the grid on it must be smaller than 2^31 pixels"), g;
     // The CUDA kernels count a kernel's taps of all channels in 32 bits, padded to vectors of up to eight.
     if (g.taps() > kMostWeights || std::max(g.c_in, g.c_out) > kMostWeights / g.taps()) {
       return Fail("taps times channels must be less than 2^27"), g;
     }
-    g.h_out = OutputSize(g.height + a.padding[0] + a.padding[1], g.kernel_h, g.stride_h, g.dilation_h);
-    g.w_out = OutputSize(g.width + a.padding[2] + a.padding[3], g.kernel_w, g.stride_w, g.dilation_w);
-    if (g.h_out < 1 || g.w_out < 1) Fail("the output has no pixels");
+    ToLevels(a.levels, g);
     return g;
   }
 
-  Call<ForwardArrays> Forward(ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
-                              ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, const Attributes& a) {
+  Call<ForwardArrays> Forward(ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::RemainingArgs optional,
+                              ffi::Result<ffi::AnyBuffer> y, const Attributes& a) {
     Call<ForwardArrays> call;
     Geometry& g = call.geometry;
     ForwardArrays& arrays = call.arrays;
-    g = ToGeometry(x.dimensions(), weight.dimensions(), a);
+    const size_t mask = a.has_weight ? 1 : 0, bias = mask + (a.has_mask ? 1 : 0);  // their positions
+    if (optional.size() < bias || optional.size() > bias + (a.has_weight ? 1 : 0))
+      Fail("the operands are not those of the attributes");
+    g = ToGeometry(x.dimensions(), offset.dimensions(), WeightSizes(optional, a), a);
     if (!ok()) return call;
     const Shapes shapes(g, a.nchw);
     arrays.format = a.nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
@@ -139,25 +143,28 @@ class Checker {
     arrays.x = ToArray("x", x, shapes.x);
     const DType dtype = arrays.x.dtype;
     arrays.offset = ToArray("offset", offset, shapes.offset);
-    arrays.weight = ToArray("weight", weight, shapes.weight, dtype);
-    const size_t bias = a.has_mask ? 1 : 0;  // its position, if there is one
-    if (a.has_mask) arrays.mask = ToArray("mask", Value(optional.get<ffi::AnyBuffer>(0), x), shapes.mask);
+    if (a.has_weight) arrays.weight = ToArray("weight", *optional.get<ffi::AnyBuffer>(0), shapes.weight, dtype);
+    if (a.has_mask) arrays.mask = ToArray("mask", *optional.get<ffi::AnyBuffer>(mask), shapes.mask);
     if (optional.size() > bias) {
-      arrays.bias = ToArray("bias", Value(optional.get<ffi::AnyBuffer>(bias), x), {g.c_out}, dtype);
+      arrays.bias = ToArray("bias", *optional.get<ffi::AnyBuffer>(bias), {g.c_out}, dtype);
     }
-    if (optional.size() > bias + 1) Fail("there are too many operands");
     arrays.y = ToArray("y", *y, shapes.y, dtype);
     return call;
   }
 
   // `results` may hold `more_results` behind the gradients.
-  Call<BackwardArrays> Backward(ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
+  Call<BackwardArrays> Backward(ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
                                 ffi::RemainingArgs optional, ffi::RemainingRets results, const BackwardAttributes& a,
                                 size_t more_results = 0) {
     Call<BackwardArrays> call;
     Geometry& g = call.geometry;
     BackwardArrays& arrays = call.arrays;
-    g = ToGeometry(x.dimensions(), weight.dimensions(), a);
+    const size_t mask = a.has_weight ? 1 : 0;  // its position
+    if (optional.size() != mask + (a.has_mask ? 1 : 0) || (a.wanted.mask && !a.has_mask) ||
+        ((a.wanted.weight || a.wanted.bias) && !a.has_weight)) {
+      Fail("the operands are not those of the attributes");
+    }
+    g = ToGeometry(x.dimensions(), offset.dimensions(), WeightSizes(optional, a), a);
     if (!ok()) return call;
     const Shapes shapes(g, a.nchw);
     arrays.format = a.nchw ? DataFormat::kNCHW : DataFormat::kNHWC;
@@ -167,8 +174,8 @@ class Checker {
     const DType sum_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     arrays.grad_y = ToArray("grad_y", grad_y, shapes.y, dtype);
     arrays.offset = ToArray("offset", offset, shapes.offset);
-    arrays.weight = ToArray("weight", weight, shapes.weight, dtype);
-    if (a.has_mask) arrays.mask = ToArray("mask", Value(optional.get<ffi::AnyBuffer>(0), x), shapes.mask);
+    if (a.has_weight) arrays.weight = ToArray("weight", *optional.get<ffi::AnyBuffer>(0), shapes.weight, dtype);
+    if (a.has_mask) arrays.mask = ToArray("mask", *optional.get<ffi::AnyBuffer>(mask), shapes.mask);
     size_t next = 0;
     const auto result = [&](const char* name, const Shape& shape, DType type) {
       auto gradient = results.get<ffi::AnyBuffer>(next++);
@@ -181,10 +188,7 @@ class Checker {
     if (a.wanted.mask) arrays.grad_mask = result("grad_mask", shapes.mask, arrays.mask.dtype);
     if (a.wanted.weight) arrays.grad_weight = result("grad_weight", shapes.weight, sum_dtype);
     if (a.wanted.bias) arrays.grad_bias = result("grad_bias", {g.c_out}, sum_dtype);
-    if (optional.size() != (a.has_mask ? 1u : 0u) || results.size() != next + more_results ||
-        (a.wanted.mask && !a.has_mask)) {
-      Fail("the operands or results are not those of the attributes");
-    }
+    if (results.size() != next + more_results) Fail("the results are not those of the attributes");
     return call;
   }
 
@@ -208,26 +212,39 @@ class Checker {
     return array;
   }
 
-  template <class Buffer>
-  Buffer Value(ffi::ErrorOr<Buffer> buffer, Buffer otherwise) {
-    if (buffer.has_value()) return buffer.value();
-    Fail(buffer.error().message());
-    return otherwise;
+  // The dimensions of the weight, which comes first.
+  static Sizes WeightSizes(ffi::RemainingArgs optional, const Attributes& a) {
+    if (!a.has_weight || optional.size() == 0) return {};
+    return optional.get<ffi::AnyBuffer>(0)->dimensions();
   }
 
-  static bool FitsImage(const Geometry& g, Sizes padding) {
-    for (const int64_t size : {g.height, g.width, g.kernel_h, g.kernel_w, padding[0], padding[1], padding[2],
-                               padding[3], g.dilation_h, g.dilation_w, g.stride_h, g.stride_w}) {
-      if (size < 0 || size > kMax) return false;
+  static bool FitsImage(const Geometry& g) {
+    for (const int64_t size : {g.height, g.width, g.h_out, g.w_out, g.kernel_h, g.kernel_w, g.stride_h, g.stride_w,
+                               g.padding_h, g.padding_w, g.dilation_h, g.dilation_w}) {
+      if (size > kMax) return false;
     }
-    // One row more than the image, as plain XLA counts corners before it knows whether they are inside.
-    return g.image() + g.width < kMax && g.height + padding[0] + padding[1] <= kMax &&
-           g.width + padding[2] + padding[3] <= kMax;
+    // One row more than the image, as plain XLA counts corners before it knows whether they are inside; of levels,
+    // which make a single row, it counts those of each.
+    return g.image() + (g.height == 1 ? 0 : g.width) <= kMax &&
+           (g.h_out - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h <= kMax &&
+           (g.w_out - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w <= kMax;
   }
 
-  static int64_t OutputSize(int64_t padded, int64_t kernel, int64_t stride, int64_t dilation) {
-    const int64_t span = padded - (dilation * (kernel - 1) + 1);
-    return span < 0 ? 0 : span / stride + 1;
+  // The levels fill x.
+  void ToLevels(Sizes sizes, Geometry& g) {
+    g.levels.count = static_cast<int>(sizes.size() / 2);
+    if (sizes.size() % 2 != 0 || g.levels.count > kMaxLevels) return Fail("there may be 8 levels, each a pair");
+    if (g.levels.count == 0) return;
+    int64_t first = 0;
+    for (int i = 0; i < g.levels.count; ++i) {
+      const int64_t height = sizes[2 * i], width = sizes[2 * i + 1];
+      if (height < 1 || width < 1 || height > g.width || width > g.width / height) return Fail("levels must be in x");
+      g.levels.height[i] = static_cast<int32_t>(height);
+      g.levels.width[i] = static_cast<int32_t>(width);
+      g.levels.first[i] = static_cast<int32_t>(first);
+      first += height * width;
+    }
+    if (g.height != 1 || first != g.width || g.taps() % g.levels.count != 0) Fail("levels must fill x and have taps");
   }
 
   ffi::Error error_ = ffi::Error::Success();

@@ -33,18 +33,18 @@ ffi::Error Run(bool (*Kernels::*kernel)(const Geometry&, const Arrays&, Workers&
   return ffi::Error::Success();
 }
 
-ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer weight,
-                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, const Attributes& attributes) {
+ffi::Error DeformConv2d(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::RemainingArgs optional,
+                        ffi::Result<ffi::AnyBuffer> y, const Attributes& attributes) {
   Checker check;
-  const auto call = check.Forward(x, offset, weight, optional, y, attributes);
+  const auto call = check.Forward(x, offset, optional, y, attributes);
   return check.ok() ? Run(&Kernels::forward, call.geometry, call.arrays, pool) : check.error();
 }
 
 ffi::Error DeformConv2dBackward(ffi::ThreadPool pool, ffi::AnyBuffer grad_y, ffi::AnyBuffer x, ffi::AnyBuffer offset,
-                                ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::RemainingRets gradients,
+                                ffi::RemainingArgs optional, ffi::RemainingRets gradients,
                                 const BackwardAttributes& attributes) {
   Checker check;
-  const auto call = check.Backward(grad_y, x, offset, weight, optional, gradients, attributes);
+  const auto call = check.Backward(grad_y, x, offset, optional, gradients, attributes);
   return check.ok() ? Run(&Kernels::backward, call.geometry, call.arrays, pool) : check.error();
 }
 

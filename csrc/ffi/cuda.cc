@@ -82,10 +82,10 @@ cuda::Options StageOptions(const Attributes& attributes) {
 
 template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer offset,
-                        ffi::AnyBuffer weight, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y,
-                        ffi::Result<Workspace> workspace, const Attributes& attributes) {
+                        ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Workspace> workspace,
+                        const Attributes& attributes) {
   Checker check;
-  const auto [g, a] = check.Forward(x, offset, weight, optional, y, attributes);
+  const auto [g, a] = check.Forward(x, offset, optional, y, attributes);
   if (!check.ok()) return check.error();
   const cuda::Options options = StageOptions<kStage>(attributes);
   const int64_t needed = cuda::ForwardWorkspace(g, a.x.dtype, options).bytes;
@@ -96,10 +96,10 @@ ffi::Error DeformConv2d(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, f
 
 template <ffi::ExecutionStage kStage>
 ffi::Error DeformConv2dBackward(cudaStream_t stream, int32_t device, ffi::AnyBuffer grad_y, ffi::AnyBuffer x,
-                                ffi::AnyBuffer offset, ffi::AnyBuffer weight, ffi::RemainingArgs optional,
-                                ffi::RemainingRets results, const BackwardAttributes& attributes) {
+                                ffi::AnyBuffer offset, ffi::RemainingArgs optional, ffi::RemainingRets results,
+                                const BackwardAttributes& attributes) {
   Checker check;
-  const auto [g, a] = check.Backward(grad_y, x, offset, weight, optional, results, attributes, 1);
+  const auto [g, a] = check.Backward(grad_y, x, offset, optional, results, attributes, 1);
   if (!check.ok()) return check.error();
   auto last = results.get<Workspace>(results.size() - 1);
   if (!last.has_value()) return last.error();

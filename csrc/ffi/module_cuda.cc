@@ -6,12 +6,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../cuda/kernels.h"
 #include "checks.h"
@@ -46,27 +46,27 @@ T FromKeywords(const py::kwargs& keywords, const StructMember<Members>&... membe
   return {FromPython<Members>(keywords[py::str(members.name.data(), members.name.size())])...};
 }
 
-using Dimensions = std::array<int64_t, 4>;
-using KnownDimensions = std::array<std::optional<int64_t>, 4>;
+using Dimensions = std::vector<int64_t>;
+using KnownDimensions = std::vector<std::optional<int64_t>>;
 
-bool IsKnown(const KnownDimensions& x) { return x[0] && x[1] && x[2] && x[3]; }
+bool AreKnown(const KnownDimensions& sizes) {
+  return std::all_of(sizes.begin(), sizes.end(), [](const auto& size) { return size.has_value(); });
+}
 
-// The geometry of a call, or where some of the batch, height and width of x are not known, one that stands for all.
-Geometry ToGeometry(const KnownDimensions& x, const Dimensions& weight, const Attributes& a) {
+// The geometry of a call, or where some sizes of x and offset are not known, one that stands for all.
+Geometry ToGeometry(const KnownDimensions& x, const KnownDimensions& offset, const Dimensions& weight,
+                    const Attributes& a) {
+  const auto at_least = [](const KnownDimensions& sizes) {
+    Dimensions least;
+    for (const auto& size : sizes) least.push_back(size.value_or(1));
+    return least;
+  };
+  const auto span = [](const Dimensions& sizes) { return Sizes(sizes.data(), sizes.size()); };
   Checker check;
-  Dimensions sizes;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    // What is not known is as small as it may be, for the check's sake.
-    const bool spatial = i == 1 || i == 2;
-    const int64_t least = spatial && IsPair(a.dilation) && a.padding.size() == 4
-                              ? std::max<int64_t>(1, a.dilation[i - 1] * (weight[i - 1] - 1) + 1 -
-                                                         a.padding[2 * i - 2] - a.padding[2 * i - 1])
-                              : 1;
-    sizes[i] = x[i].value_or(least);
-  }
-  const Geometry g = check.ToGeometry({sizes.data(), sizes.size()}, {weight.data(), weight.size()}, a);
+  const Dimensions x_sizes = at_least(x), offset_sizes = at_least(offset);
+  const Geometry g = check.ToGeometry(span(x_sizes), span(offset_sizes), span(weight), a);
   if (!check.ok()) throw std::invalid_argument(check.error().message());
-  return IsKnown(x) ? g : cuda::OfAnySize(g);
+  return AreKnown(x) && AreKnown(offset) ? g : cuda::OfAnySize(g);
 }
 
 DType ToDType(const std::string& name) {
@@ -77,24 +77,25 @@ DType ToDType(const std::string& name) {
   throw std::invalid_argument("jax_dcn: unsupported type " + name);
 }
 
-// The formula, or where all sizes are known the bytes.
-py::tuple ToTuple(const cuda::WorkspaceSize& size, const KnownDimensions& x) {
-  if (IsKnown(x)) return py::make_tuple(size.bytes, 0, 0);
+// The work space that a handler wants, by the handler's attributes: the bytes, or where not all sizes are known the
+// formula.
+py::tuple ToTuple(const cuda::WorkspaceSize& size, bool known) {
+  if (known) return py::make_tuple(size.bytes, 0, 0);
   return py::make_tuple(size.constant, size.per_input_pixel, size.per_output_pixel);
 }
 
-// The work space that a handler wants, by the handler's attributes.
-
-py::tuple ForwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
-                           const py::kwargs& attributes) {
+py::tuple ForwardWorkspace(const KnownDimensions& x, const KnownDimensions& offset, const Dimensions& weight,
+                           const std::string& dtype, const py::kwargs& attributes) {
   const auto a = FromKeywords<Attributes>(attributes, JAX_DCN_ATTRIBUTES);
-  return ToTuple(cuda::ForwardWorkspace(ToGeometry(x, weight, a), ToDType(dtype), ToOptions(a)), x);
+  const Geometry g = ToGeometry(x, offset, weight, a);
+  return ToTuple(cuda::ForwardWorkspace(g, ToDType(dtype), ToOptions(a)), AreKnown(x) && AreKnown(offset));
 }
 
-py::tuple BackwardWorkspace(const KnownDimensions& x, const Dimensions& weight, const std::string& dtype,
-                            const py::kwargs& attributes) {
+py::tuple BackwardWorkspace(const KnownDimensions& x, const KnownDimensions& offset, const Dimensions& weight,
+                            const std::string& dtype, const py::kwargs& attributes) {
   const auto a = FromKeywords<BackwardAttributes>(attributes, JAX_DCN_BACKWARD_ATTRIBUTES);
-  return ToTuple(cuda::BackwardWorkspace(ToGeometry(x, weight, a), a.wanted, ToDType(dtype), ToOptions(a)), x);
+  const Geometry g = ToGeometry(x, offset, weight, a);
+  return ToTuple(cuda::BackwardWorkspace(g, a.wanted, ToDType(dtype), ToOptions(a)), AreKnown(x) && AreKnown(offset));
 }
 
 }  // namespace
@@ -117,6 +118,6 @@ PYBIND11_MODULE(_native_cuda, m) {
     return handlers;
   });
   m.def("architectures", [] { return jax_dcn::cuda::Architectures(); });
-  m.def("forward_workspace", jax_dcn::ForwardWorkspace, arg("x"), arg("weight"), arg("dtype"));
-  m.def("backward_workspace", jax_dcn::BackwardWorkspace, arg("x"), arg("weight"), arg("dtype"));
+  m.def("forward_workspace", jax_dcn::ForwardWorkspace, arg("x"), arg("offset"), arg("weight"), arg("dtype"));
+  m.def("backward_workspace", jax_dcn::BackwardWorkspace, arg("x"), arg("offset"), arg("weight"), arg("dtype"));
 }

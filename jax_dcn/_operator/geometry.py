@@ -11,6 +11,9 @@ MAX_PIXELS = 2**31 - 1
 # The CUDA kernels count taps times channels in 32 bits, the channels padded to vectors of up to eight.
 MAX_WEIGHTS = 2**27 - 1
 
+# The kernels have room for so many.
+MAX_LEVELS = 8
+
 Pair = tuple[int, int]
 
 # (top, bottom), (left, right)
@@ -24,6 +27,10 @@ class Geometry:
     Pairs are (height, width). Only the padding before the first pixel moves the grid; that after the last one adds
     outputs. A stride and a dilation of 0 make coordinates of the offsets themselves: without a grid, any number of
     outputs may read any pixels.
+
+    Without a weight the taps may run down the kernel's columns (`x_first`), whose offsets are then (x, y). And x may
+    be images of these sizes (`levels`, at most MAX_LEVELS), flattened and one after another in a single row of pixels:
+    each column of the kernel reads one of them, at fractions of its size.
     """
 
     kernel_size: Pair
@@ -33,6 +40,8 @@ class Geometry:
     groups: int = 1
     deform_groups: int = 1
     data_format: str = "NHWC"
+    x_first: bool = False
+    levels: tuple[Pair, ...] = ()
 
     @property
     def channel_axis(self) -> int:

@@ -35,18 +35,6 @@ def in_nhwc(rule: Rule) -> Rule:
     return in_either
 
 
-def weighted(kernel: Rule) -> Rule:
-    """A rule for calls without a weight too, by a kernel that needs one: a depthwise weight of ones."""
-
-    def rule(given: Arrays, *, geometry: Geometry, **params: Any) -> list[jax.Array]:
-        if "weight" not in given:
-            ones = jnp.ones((*geometry.kernel_size, 1, geometry.groups), given["x"].dtype)
-            given = {**given, "weight": ones if geometry.data_format == "NHWC" else to_nchw("weight", ones)}
-        return kernel(given, geometry=geometry, **params)
-
-    return rule
-
-
 # --- deform_conv2d ---
 
 
@@ -55,13 +43,11 @@ def deform_conv2d_xla(given: Arrays, **params: Any) -> list[jax.Array]:
     return [reference.deform_conv2d(**_with_absent(given, "mask", "weight", "bias"), **params)]
 
 
-@weighted
 def deform_conv2d_cpu(given: Arrays, *, geometry: Geometry, precision: Any) -> list[jax.Array]:
     attributes = native.attributes(given, geometry, **_options(given, precision, jnp.bfloat16))
     return native.call(native.DEFORM_CONV2D, [_y(given, geometry)], given, attributes)
 
 
-@weighted
 @in_nhwc
 def deform_conv2d_cuda(given: Arrays, *, geometry: Geometry, precision: Any) -> list[jax.Array]:
     attributes = native.attributes(given, geometry, **_options(given, precision, jnp.float32))
@@ -71,7 +57,8 @@ def deform_conv2d_cuda(given: Arrays, *, geometry: Geometry, precision: Any) -> 
 
 
 def _y(given: Arrays, geometry: Geometry) -> jax.ShapeDtypeStruct:
-    c_out = given["weight"].shape[geometry.out_axis]
+    source, axis = ("weight", geometry.out_axis) if "weight" in given else ("x", geometry.channel_axis)
+    c_out = given[source].shape[axis]
     return jax.ShapeDtypeStruct(geometry.y_shape(given["offset"].shape, c_out), given["x"].dtype)
 
 
@@ -84,7 +71,6 @@ def deform_conv2d_backward_xla(given: Arrays, *, wanted: tuple[str, ...], **para
     return [gradients[name] for name in wanted]
 
 
-@weighted
 def deform_conv2d_backward_cpu(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
 ) -> list[jax.Array]:
@@ -94,7 +80,6 @@ def deform_conv2d_backward_cpu(
     return _rounded(gradients, given, wanted)
 
 
-@weighted
 @in_nhwc
 def deform_conv2d_backward_cuda(
     given: Arrays, *, geometry: Geometry, precision: Any, wanted: tuple[str, ...]
@@ -112,7 +97,8 @@ def _summed_gradients(given: Arrays, wanted: tuple[str, ...], geometry: Geometry
     Those of one value per pixel have its dtype, those that many samples add to come in the dtype of their sums.
     """
     shapes = {name: operand.shape for name, operand in given.items()}
-    shapes["bias"] = (given["weight"].shape[geometry.out_axis],)
+    if "bias" in wanted:
+        shapes["bias"] = (given["weight"].shape[geometry.out_axis],)
     summed = reference.accumulation_dtype(given["x"].dtype)
     return [
         jax.ShapeDtypeStruct(shapes[name], given[name].dtype if name in ("offset", "mask") else summed)
@@ -215,17 +201,11 @@ def _deterministic(xla_flags: str) -> bool:
 
 
 def choosing(xla: Rule, kernel: Rule | None) -> Callable[..., list[jax.Array]]:
-    """The lowering, of a primitive's operands and parameters, by the kernel, unless `implementation` is "xla".
+    """The lowering, of a primitive's operands and parameters, by the kernel, unless `implementation` is "xla"."""
 
-    The kernels need a grid.
-    """
-
-    def rule(
-        *operands: jax.Array, names: tuple[str, ...], implementation: str, geometry: Geometry, **params: Any
-    ) -> list[jax.Array]:
+    def rule(*operands: jax.Array, names: tuple[str, ...], implementation: str, **params: Any) -> list[jax.Array]:
         given = dict(zip(names, operands, strict=True))
-        by_kernel = kernel if implementation == "native" and geometry.has_grid else None
-        return (by_kernel or xla)(given, geometry=geometry, **params)
+        return (kernel if kernel is not None and implementation == "native" else xla)(given, **params)
 
     return rule
 

@@ -81,13 +81,18 @@ def attributes(
 ) -> dict[str, Any]:
     """The attributes of a handler. All are made here, since an int32 in place of an int64 would be another one."""
     flags = {} if wanted is None else {f"grad_{name}": name in wanted for name in GRADIENTS}
+    before = [side for side, _ in geometry.padding]
     return dict(
+        kernel=np.array(geometry.kernel_size, np.int64),
         stride=np.array(geometry.stride, np.int64),
-        padding=np.array(geometry.padding, np.int64).ravel(),
+        padding=np.array(before, np.int64),
         dilation=np.array(geometry.dilation, np.int64),
+        levels=np.array(geometry.levels, np.int64).ravel(),
         groups=np.int64(geometry.groups),
         deform_groups=np.int64(geometry.deform_groups),
         nchw=geometry.data_format == "NCHW",
+        x_first=geometry.x_first,
+        has_weight="weight" in operands,
         has_mask="mask" in operands,
         highest_precision=highest_precision,
         deterministic=deterministic,
@@ -112,14 +117,15 @@ def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict
         DEFORM_CONV2D: _native_cuda.forward_workspace,
         DEFORM_CONV2D_BACKWARD: _native_cuda.backward_workspace,
     }[target]
-    n, height, width, c_in = operands["x"].shape
-    _, h_out, w_out, _ = operands["offset"].shape
     # Where the program is exported for any size, the formula holds for all.
-    known = [size if isinstance(size, int) else None for size in (n, height, width)]
-    sizes = formula((*known, c_in), operands["weight"].shape, operands["x"].dtype.name, **attributes)
+    x, offset = ([size if isinstance(size, int) else None for size in operands[name].shape] for name in ("x", "offset"))
+    weight = operands["weight"].shape if "weight" in operands else ()
+    sizes = formula(x, offset, weight, operands["x"].dtype.name, **attributes)
+    n, height, width, _ = operands["x"].shape
+    _, h_out, w_out, _ = operands["offset"].shape
     # Rows of 16 bytes, since JAX counts what is symbolic in 32 bits, unless it has x64.
     constant, per_input_pixel, per_output_pixel = (-(-size // 16) for size in sizes)
-    rows = constant + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
+    rows = max(constant, 1) + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
     return jax.ShapeDtypeStruct((rows, 16), np.uint8)
 
 

@@ -6,6 +6,8 @@ tests. It gathers the four corners of every sample, so it stores N * H_out * W_o
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,7 +33,10 @@ def coordinates(
         start = jnp.arange(size) * geometry.stride[axis] - geometry.padding[axis][0]
         return (start[:, None] + jnp.arange(taps)[None, :] * geometry.dilation[axis]).astype(dtype)
 
-    shift = offset.astype(dtype).reshape(n, h_out, w_out, geometry.deform_groups, kh, kw, 2)
+    shift = offset.astype(dtype)
+    if geometry.x_first:
+        shift = shift.reshape(n, h_out, w_out, geometry.deform_groups, kw, kh, 2).swapaxes(4, 5)[..., ::-1]
+    shift = shift.reshape(n, h_out, w_out, geometry.deform_groups, kh, kw, 2)
     y = regular(h_out, kh, 0)[None, :, None, None, :, None] + shift[..., 0]
     x = regular(w_out, kw, 1)[None, None, :, None, None, :] + shift[..., 1]
 
@@ -81,6 +86,8 @@ def sample(
     )
     if mask is not None:
         by_group = (*out[:3], geometry.deform_groups, geometry.taps)
+        if geometry.x_first:
+            mask = mask.reshape(*by_group[:4], *geometry.kernel_size[::-1]).swapaxes(4, 5)
         factor = mask.astype(dtype).reshape(by_group).swapaxes(3, 4)
         # A tap outside the image contributes 0 whatever its mask, even an infinite one.
         samples = samples * jnp.where(valid, factor, 0)[..., None]
@@ -98,9 +105,10 @@ def deform_conv2d(
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:  # (N, H_out, W_out, C_out)
     """Deformable convolution, v1 without a mask and v2 with one; without a weight the samples' sums over the taps."""
-    samples = sample(x, offset, mask, geometry)
     if weight is None:
-        return samples.sum(3).astype(x.dtype)
+        terms = [sample(*level).sum(3) for level in _levels(x, offset, mask, geometry)]
+        return sum(terms[1:], terms[0]).astype(x.dtype)
+    samples = sample(x, offset, mask, geometry)
     kh, kw, group_in, c_out = weight.shape
     groups = geometry.groups
     dtype = accumulation_dtype(x.dtype)
@@ -113,6 +121,32 @@ def deform_conv2d(
     if bias is not None:
         y = y + bias.astype(dtype)[None, None, None, :]
     return y.astype(x.dtype)
+
+
+def _levels(
+    x: jax.Array, offset: jax.Array, mask: jax.Array | None, geometry: Geometry
+) -> list[tuple[jax.Array, jax.Array, jax.Array | None, Geometry]]:
+    """The operands and the geometry of each image in x."""
+    if not geometry.levels:
+        return [(x, offset, mask, geometry)]
+    dtype = accumulation_dtype(x.dtype)
+    points, _ = geometry.kernel_size
+    by_level = (*offset.shape[:3], geometry.deform_groups, len(geometry.levels), points)
+    fractions = offset.astype(dtype).reshape(*by_level, 2)
+    factors = None if mask is None else mask.reshape(by_level)
+    of_level = dataclasses.replace(geometry, kernel_size=(points, 1), levels=())
+    found: list[tuple[jax.Array, jax.Array, jax.Array | None, Geometry]] = []
+    start = 0
+    for level, (height, width) in enumerate(geometry.levels):
+        image = lax.slice_in_dim(x, start, start + height * width, axis=2)
+        pixels = fractions[..., level, :, :] * jnp.asarray([width, height], dtype)[None, None, None, None, None] - 0.5
+        image = image.reshape(x.shape[0], height, width, x.shape[3])
+        pixels = pixels.reshape(*offset.shape[:3], of_level.offset_channels)
+        if factors is not None:
+            mask = factors[..., level, :].reshape(*offset.shape[:3], of_level.mask_channels)
+        found.append((image, pixels, mask, of_level))
+        start += height * width
+    return found
 
 
 def deform_conv2d_backward(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dcn._operator import differentiation
-from jax_dcn._operator.geometry import Geometry, Pair
+from jax_dcn._operator.geometry import MAX_LEVELS, Geometry, Pair
 from jax_dcn._operator.partitioning import mesh_axes
 from jax_dcn._operator.reference import accumulation_dtype
 
@@ -60,8 +60,7 @@ def _dcnv3(
     geometry: Geometry,
     **options: Any,
 ) -> jax.Array:
-    """The taps run along the width first, and the offsets are scaled with the grid around the kernel's middle."""
-    kh, kw = geometry.kernel_size
+    """The offsets are scaled with the grid around the kernel's middle."""
     if offset_scale != 1:
         dtype = accumulation_dtype(x.dtype)
         places = _grid(geometry)
@@ -73,8 +72,6 @@ def _dcnv3(
         # No image has a pixel there, so that the tap is 0 whatever its mask and the image hold.
         offset = _insert(offset, jnp.inf)
         mask = _insert(mask, 0)
-    offset = offset.reshape(*offset.shape[:4], kw, kh, 2).swapaxes(4, 5)[..., ::-1]
-    mask = mask.reshape(*mask.shape[:4], kw, kh).swapaxes(4, 5)
     return _deform_conv2d(x, offset, mask, geometry, **options)
 
 
@@ -99,31 +96,62 @@ def multi_scale_deformable_attention(
     spatial_shapes: tuple[Pair, ...],  # of the levels
     **options: Any,
 ) -> jax.Array:  # (N, Q, heads*D)
-    """The attention of operands that have been checked: a row of queries a level, whose taps are the points."""
-    *_, heads, depth = value.shape
-    points = sampling_locations.shape[4]
-    dtype = accumulation_dtype(value.dtype)
-    geometry = Geometry((1, points), stride=(0, 0), dilation=(0, 0), groups=heads * depth, deform_groups=heads)
-    value = _whole(value, 1, 3).reshape(*value.shape[:2], heads * depth)
+    """The attention of operands that have been checked, in as few calls as there may be."""
+    value = _whole(value, 1, 3).reshape(*value.shape[:2], value.shape[2] * value.shape[3])
     sampling_locations, attention_weights = (_whole(a, 3, 4, 5) for a in (sampling_locations, attention_weights))
+    static = all(isinstance(size, int) for level in spatial_shapes for size in level)
+    together = MAX_LEVELS if static else 1
+    dtype = value.dtype
+    if len(spatial_shapes) > together:
+        # In the type of the sums, so that the sum of the terms is rounded but once.
+        value = value.astype(accumulation_dtype(dtype))
     terms = []
     start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        # In the type of the sums, so that the sum over the levels is rounded but once.
-        image = lax.slice_in_dim(value, start, start + height * width, axis=1).astype(dtype)
-        size = jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)])
-        pixels = sampling_locations[:, :, :, level].astype(dtype) * size[None, None, None, None] - 0.5
+    for first in range(0, len(spatial_shapes), together):
+        of_call = slice(first, first + together)
+        levels = spatial_shapes[of_call]
+        end = start + sum(height * width for height, width in levels)
         terms.append(
-            _deform_conv2d(
-                image.reshape(value.shape[0], height, width, heads * depth),
-                pixels[:, None, ..., ::-1],
-                attention_weights[:, None, :, :, level],
-                geometry,
+            _attention(
+                lax.slice_in_dim(value, start, end, axis=1),
+                sampling_locations[:, :, :, of_call],
+                attention_weights[:, :, :, of_call],
+                levels if static else (),
+                levels[0],
                 **options,
             )
         )
-        start += height * width
-    return sum(terms[1:], terms[0])[:, 0].astype(value.dtype)
+        start = end
+    return sum(terms[1:], terms[0]).astype(dtype)
+
+
+def _attention(
+    value: jax.Array,  # (N, pixels, heads*D)
+    locations: jax.Array,  # (N, Q, heads, levels, K, 2), each (x, y)
+    weights: jax.Array,  # (N, Q, heads, levels, K)
+    levels: tuple[Pair, ...],
+    size: tuple[Any, Any],  # of the only level, where there are no `levels`
+    **options: Any,
+) -> jax.Array:  # (N, Q, heads*D)
+    """A row of queries, whose taps are the points of all levels."""
+    n, pixels, channels = value.shape
+    _, _, heads, count, points = weights.shape
+    image = (1, pixels) if levels else size
+    if not levels:
+        dtype = accumulation_dtype(value.dtype)
+        pixels_of = jnp.stack([jnp.asarray(side, dtype) for side in size[::-1]])[None, None, None, None, None]
+        locations = locations.astype(dtype) * pixels_of - 0.5
+    geometry = Geometry(
+        (points, count),
+        stride=(0, 0),
+        dilation=(0, 0),
+        groups=channels,
+        deform_groups=heads,
+        x_first=True,
+        levels=levels,
+    )
+    x = value.reshape(n, *image, channels)
+    return _deform_conv2d(x, locations[:, None], weights[:, None], geometry, **options)[:, 0]
 
 
 def _whole(array: jax.Array, *axes: int, groups: int = 1) -> jax.Array:
@@ -144,7 +172,7 @@ def _whole(array: jax.Array, *axes: int, groups: int = 1) -> jax.Array:
 
 def _deform_conv2d(
     x: jax.Array,
-    offset: jax.Array,  # (N, H_out, W_out, ...), each (y, x)
+    offset: jax.Array,  # (N, H_out, W_out, ...), each (x, y)
     mask: jax.Array,  # (N, H_out, W_out, ...)
     geometry: Geometry,
     **options: Any,

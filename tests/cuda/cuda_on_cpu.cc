@@ -20,7 +20,7 @@ namespace {
 
 using namespace jax_dcn;
 
-// What comes first on standard input, each an int64_t. A dtype of -1: no such array.
+// What comes first on standard input. A dtype of -1: no such array.
 struct Call {
   Geometry geometry;
   int64_t backward;
@@ -142,7 +142,7 @@ cuda::Status Forward(const Call& call, Allocations& arrays, cuda::Options option
   a.x = arrays.Input(true, g.batch * g.image() * g.c_in, call.dtype);
   a.offset = arrays.Input(true, 2 * taps, call.offset_dtype);
   a.mask = arrays.Input(call.mask_dtype >= 0, taps, call.mask_dtype);
-  a.weight = arrays.Input(true, g.weights(), call.dtype);
+  a.weight = arrays.Input(g.weighted, g.weights(), call.dtype);
   a.bias = arrays.Input(call.bias != 0, g.c_out, call.dtype);
   a.y = arrays.Output(true, g.pixels() * g.c_out, call.dtype);
   void* workspace = arrays.Workspace(cuda::ForwardWorkspace(g, a.x.dtype, options).bytes);
@@ -160,7 +160,7 @@ cuda::Status Backward(const Call& call, Allocations& arrays, cuda::Options optio
   a.x = arrays.Input(true, g.batch * g.image() * g.c_in, call.dtype);
   a.offset = arrays.Input(true, 2 * taps, call.offset_dtype);
   a.mask = arrays.Input(call.mask_dtype >= 0, taps, call.mask_dtype);
-  a.weight = arrays.Input(true, g.weights(), call.dtype);
+  a.weight = arrays.Input(g.weighted, g.weights(), call.dtype);
   a.grad_x = arrays.Output(call.wanted[0] != 0, g.batch * g.image() * g.c_in, sums);
   a.grad_offset = arrays.Output(call.wanted[1] != 0, 2 * taps, call.offset_dtype);
   a.grad_mask = arrays.Output(call.wanted[2] != 0, taps, call.mask_dtype);

@@ -17,6 +17,7 @@ from support.formats import to_nchw, to_nhwc
 
 # dtypes and what float32 products are made in: jax.lax.Precision.HIGHEST for "float32".
 MODES = ("float64", "float32", "tf32", "bfloat16", "float16")
+MAX_LEVELS = 8
 CODES = {name: code for code, name in enumerate(("float32", "float64", "bfloat16", "float16"))}
 
 
@@ -56,22 +57,30 @@ def run(
     cotangent=None,
     wanted=OPERANDS,
     deterministic=False,
+    x_first=False,
+    levels=(),
     seed=0,
     fault=(),
     architecture=900,
     device=0,
     **environment,
 ):
-    """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them."""
+    """The result, or with a cotangent the wanted gradients by name. All NCHW, as cases.Case makes them.
+
+    Without a weight among the operands `x_first` and `levels` are those of Geometry.
+    """
     n, (h, w), (h_out, w_out) = case.batch, case.size, case.output_size
     sizes = (n, h, w, case.c_in, h_out, w_out, case.c_out)
     before = tuple(p for p, _ in case.sides)
     sizes += case.kernel + case.stride + before + case.dilation + (case.groups, case.deform_groups)
     wanted = [name for name in wanted if name in operands]
     code = {name: CODES[operands[name].dtype.name] if name in operands else -1 for name in OPERANDS}
+    height, width = ([level[axis] for level in levels] + [0] * (MAX_LEVELS - len(levels)) for axis in (0, 1))
+    first = [sum(h * w for h, w in levels[:i]) for i in range(MAX_LEVELS)]
     call = struct.pack(
-        "29q",
+        f"17q2?xx{1 + 3 * MAX_LEVELS}i12q",
         *sizes,
+        *("weight" in operands, x_first, len(levels), *height, *width, *first),
         cotangent is not None,
         *(code["x"], code["offset"], code["mask"], "bias" in operands),
         *(mode == "float32", deterministic),

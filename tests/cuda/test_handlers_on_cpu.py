@@ -23,7 +23,7 @@ TESTS = {
     "test_numbers.py": f"native and ({SMALL} or unusable or precision)",
     "test_gradients.py": f"native and ({SMALL} or asked or wanted)",
     "test_transformations.py": "native and (forward_mode or jacfwd or hessian or linear_transpose)",
-    "test_unweighted.py": "native and (golden or 16_bits or hostile or removed) and not attention and not locations",
+    "test_unweighted.py": "native and (golden or 16_bits or hostile or removed)",
     "test_vmap.py": "native and mask and not any_number",  # which exports, and names the handlers
 }
 

@@ -1,0 +1,384 @@
+// The kernels without a weight, in NHWC: each channel is the sum of its own samples over the taps.
+//
+// Of a tile of output pixels a few at a time are located at all taps of a deform group, which then are summed vector of
+// channels by vector in registers. Forward, threads share the tiles. Backward is two passes that share nothing, so that
+// threads take from either what comes next: the gradients of offset and mask, for which they share the tiles, and that
+// of x, for which they share the images and, where a pixel's channels are many, these. No sum depends on how.
+
+#pragma once
+
+#include "arrays.h"
+#include "memory.h"
+#include "visit.h"
+
+namespace jax_dcn {
+namespace JAX_DCN_TARGET {
+
+// Calls function(channel, count, load, store) for blocks of as many whole vectors as `count`, a constant, says, at most
+// kMost, and for what is left, which load and store take in part.
+template <class V, int kMost, class Function>
+JAX_DCN_SIMD void ForBlocks(int64_t begin, int64_t end, const Function& function) {
+  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+  for (; end - begin >= kMost * lanes; begin += kMost * lanes) {
+    function(
+        begin, std::integral_constant<int, kMost>(), [](const auto* from) { return LoadAs<V>(from); },
+        [](auto* to, V v) { Store(to, v); });
+  }
+  if (begin == end) return;
+  if constexpr (kMost > 1) {
+    ForBlocks<V, kMost / 2>(begin, end, function);
+  } else {
+    const int rest = static_cast<int>(end - begin);
+    function(
+        begin, std::integral_constant<int, 1>(), [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
+        [rest](auto* to, V v) { StorePart(to, v, rest); });
+  }
+}
+
+// The samples of a deform group at the pixels of a tile, some of them located at all taps.
+template <class T>
+class LocatedTaps {
+ public:
+  using Real = Accumulation<T>;
+
+  // Pixels that are located together: their addresses and weights at nine taps are 7 KB.
+  static constexpr int kPixels = 16;
+  using Located = Tap<Real, kPixels>;
+
+  LocatedTaps(const Geometry& g, const Array& offset, const Array& mask) : g_(g), offset_(offset), mask_(mask) {}
+
+  // A thread's work space.
+  struct Scratch {
+    Scratch(const LocatedTaps& s, Carver& carver)
+        : tile(carver.Take<Tile<Real>>(1)),
+          taps(carver.Take<Located>(s.g_.taps())),
+          places(carver.Take<Place<Real>>(s.g_.taps())),
+          offset(carver.Take<Real>(s.g_.taps() * 2 * kTileRows)),
+          mask(carver.Take<Real>(s.mask_ ? s.g_.taps() * kTileRows : kTileRows)),
+          zeros(carver.Take<T>(s.g_.deform_in())),
+          spill(carver.Take<Real>(s.g_.deform_in())) {}
+
+    Tile<Real>* tile;
+    Located* taps;
+    Place<Real>* places;
+    Real* offset;  // (taps, 2, kTileRows)
+    Real* mask;    // (taps, kTileRows); ones, (kTileRows), where there is no mask
+    T* zeros;
+    Real* spill;
+  };
+
+  void Start(const Scratch& space) const {
+    for (int64_t t = 0; t < g_.taps(); ++t) space.places[t] = PlaceOf<Real>(g_, static_cast<int>(t));
+    for (int64_t c = 0; c < g_.deform_in(); ++c) {
+      space.zeros[c] = T{};
+      space.spill[c] = 0;
+    }
+    for (int p = 0; !mask_ && p < kTileRows; ++p) space.mask[p] = 1;
+  }
+
+  // For the tile that the work space has.
+  void StartGroup(int64_t deform_group, const Scratch& space) const {
+    const int64_t taps = g_.taps(), channels = g_.mask_channels(), first = deform_group * taps;
+    LoadChannels(g_, offset_, DataFormat::kNHWC, *space.tile, channels * 2, first * 2, taps * 2, space.offset);
+    if (mask_) LoadChannels(g_, mask_, DataFormat::kNHWC, *space.tile, channels, first, taps, space.mask);
+  }
+
+  // Locates up to kPixels of the tile's, from `first` on, and returns how many. The channels begin at `channel`.
+  template <int kWant>
+  int Locate(int first, int64_t channel, const T* x, const Real* grad_x, const Scratch& space) const {
+    const int pixels = Min(kPixels, space.tile->pixels - first);
+    for (int64_t t = 0; t < g_.taps(); ++t) {
+      const Real* offset = space.offset + 2 * t * kTileRows;
+      FillTap<kWant>(space.places[t], *space.tile, first, pixels, offset + (g_.x_first ? kTileRows : 0),
+                     offset + (g_.x_first ? 0 : kTileRows), space.mask + (mask_ ? t * kTileRows : 0),
+                     PixelsOf(g_, x, channel, space.zeros), PixelsOf(g_, grad_x, channel, space.spill), space.taps[t]);
+    }
+    return pixels;
+  }
+
+ private:
+  const Geometry& g_;
+  const Array& offset_;
+  const Array& mask_;
+};
+
+// --- forward ---
+
+template <class T>
+class ForwardSums {
+ public:
+  using Real = Accumulation<T>;
+  using Taps = LocatedTaps<T>;
+
+  ForwardSums(const Geometry& g, const ForwardArrays& arrays)
+      : g_(g),
+        x_(static_cast<const T*>(arrays.x.data)),
+        y_(static_cast<T*>(arrays.y.data)),
+        tiles_(g, {0, g.batch * g.h_out}, kTileRows),
+        taps_(g, arrays.offset, arrays.mask) {}
+
+  bool Run(Workers& workers) const {
+    if (g_.pixels() == 0) return true;
+    const WorkSpace<typename Taps::Scratch, Taps> scratch(taps_, workers.count());
+    if (!scratch) return false;
+    for (int i = 0; i < workers.count(); ++i) taps_.Start(scratch[i]);
+    ParallelFor(workers, tiles_.count(), [&](int worker, int64_t i) { SumTile(tiles_[i], scratch[worker]); });
+    return true;
+  }
+
+ private:
+  void SumTile(const Rectangle& rectangle, const typename Taps::Scratch& space) const {
+    FillTile(g_, rectangle, *space.tile);
+    for (int64_t d = 0; d < g_.deform_groups; ++d) {
+      taps_.StartGroup(d, space);
+      for (int first = 0; first < space.tile->pixels; first += Taps::kPixels) {
+        const int pixels = taps_.template Locate<0>(first, d * g_.deform_in(), x_, nullptr, space);
+        const int64_t* outputs = space.tile->output + first;
+        if (kLanes<Real> >= 8 && g_.deform_in() <= kLanes<Real> / 2) {
+          SumPixels<Half<Real>>(space.taps, outputs, pixels, d * g_.deform_in());
+        } else {
+          SumPixels<Vector<Real>>(space.taps, outputs, pixels, d * g_.deform_in());
+        }
+      }
+    }
+  }
+
+  template <class V>
+  void SumPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel) const {
+    constexpr int lanes = kLanesOf<V, Real>;
+    ForBlocks<V, 4>(0, g_.deform_in(), [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
+      constexpr int kVectors = count;
+      for (int p = 0; p < pixels; ++p) {
+        // Two sums each, as one addition has to wait for the one before.
+        V sum[2][kVectors] = {};
+        for (int64_t t = 0; t < g_.taps(); ++t) {
+          JAX_DCN_UNROLL
+          for (int k = 0; k < kCorners; ++k) {
+            const T* corner = reinterpret_cast<const T*>(taps[t].corner[k][p]) + c;
+            const V weight = Broadcast<V>(taps[t].weight[k][p]);
+            JAX_DCN_UNROLL
+            for (int v = 0; v < kVectors; ++v) sum[k / 2][v] += load(corner + v * lanes) * weight;
+          }
+        }
+        T* y = y_ + outputs[p] * g_.c_in + channel + c;
+        JAX_DCN_UNROLL
+        for (int v = 0; v < kVectors; ++v) store(y + v * lanes, sum[0][v] + sum[1][v]);
+      }
+    });
+  }
+
+  const Geometry& g_;
+  const T* x_;
+  T* y_;
+  const TileGrid tiles_;
+  const Taps taps_;
+};
+
+// --- backward ---
+
+template <class T>
+class BackwardSums {
+ public:
+  using Real = Accumulation<T>;
+  using Taps = LocatedTaps<T>;
+
+  BackwardSums(const Geometry& g, const BackwardArrays& arrays)
+      : g_(g),
+        arrays_(arrays),
+        x_(static_cast<const T*>(arrays.x.data)),
+        grad_y_(static_cast<const T*>(arrays.grad_y.data)),
+        grad_x_(static_cast<Real*>(arrays.grad_x.data)),
+        tiles_(g, {0, g.batch * g.h_out}, kTileRows),
+        taps_(g, arrays.offset, arrays.mask) {}
+
+  bool Run(Workers& workers) const {
+    const WorkSpace<Scratch, BackwardSums> scratch(*this, workers.count());
+    if (!scratch) return false;
+    for (int i = 0; i < workers.count(); ++i) taps_.Start(scratch[i].taps);
+    // The long tasks first.
+    const int64_t parts = ChannelParts(workers.count());
+    const int64_t of_x = grad_x_ == nullptr ? 0 : g_.batch * parts;
+    const int64_t of_tiles = arrays_.grad_offset || arrays_.grad_mask ? tiles_.count() : 0;
+    const auto compute = [&](int worker, int64_t i) {
+      if (i < of_x) {
+        GradX(i / parts, Channels(parts, i % parts), scratch[worker].taps);
+      } else {
+        GradDisplacements(tiles_[i - of_x], scratch[worker]);
+      }
+    };
+    ParallelFor(workers, of_x + of_tiles, compute);
+    return true;
+  }
+
+ private:
+  // A thread's work space.
+  struct Scratch {
+    Scratch(const BackwardSums& b, Carver& carver)
+        : taps(b.taps_, carver),
+          sums(carver.Take<Real[Taps::kPixels][kCorners]>(b.g_.taps())),
+          grad_offset(carver.Take<Real>(b.g_.taps() * 2 * kTileRows)),
+          grad_mask(carver.Take<Real>(b.g_.taps() * kTileRows)) {}
+
+    typename Taps::Scratch taps;
+    Real (*sums)[Taps::kPixels][kCorners];  // per tap, pixel and corner, over the channels: grad_y * the corner's value
+    Real* grad_offset;                      // (taps, 2, kTileRows)
+    Real* grad_mask;                        // (taps, kTileRows)
+  };
+
+  // --- offset and mask ---
+
+  void GradDisplacements(const Rectangle& rectangle, const Scratch& space) const {
+    const Tile<Real>& tile = *space.taps.tile;
+    FillTile(g_, rectangle, *space.taps.tile);
+    const int64_t taps = g_.taps(), channels = g_.mask_channels();
+    for (int64_t d = 0; d < g_.deform_groups; ++d) {
+      taps_.StartGroup(d, space.taps);
+      for (int first = 0; first < tile.pixels; first += Taps::kPixels) {
+        const int64_t channel = d * g_.deform_in();
+        const int pixels = taps_.template Locate<kSums>(first, channel, x_, nullptr, space.taps);
+        SumCorners(tile.output + first, pixels, channel, space);
+        for (int64_t t = 0; t < taps; ++t) Finish(t, first, pixels, space);
+      }
+      const auto store = [&](const Real* gradient, int64_t numbers, const Array& to) {
+        if (!to) return;
+        StoreChannels(g_, gradient, tile, channels * numbers, d * taps * numbers, taps * numbers, DataFormat::kNHWC,
+                      to);
+      };
+      store(space.grad_offset, 2, arrays_.grad_offset);
+      store(space.grad_mask, 1, arrays_.grad_mask);
+    }
+  }
+
+  void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
+    constexpr int lanes = kLanes<Real>;
+    if constexpr (lanes >= 8) {
+      if (g_.deform_in() == lanes / 2) return SumCorners<Half<Real>, true>(outputs, pixels, channel, space);
+    }
+    if (g_.deform_in() == lanes) return SumCorners<Vector<Real>, true>(outputs, pixels, channel, space);
+    SumCorners<Vector<Real>, false>(outputs, pixels, channel, space);
+  }
+
+  // If kOnce, V holds the channels.
+  template <class V, bool kOnce>
+  void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
+    for (int p = 0; p < pixels; ++p) {
+      const T* grad_y = grad_y_ + outputs[p] * g_.c_in + channel;
+      const V once = kOnce ? LoadAs<V>(grad_y) : V{};
+      for (int64_t t = 0; t < g_.taps(); ++t) {
+        V sum[kCorners] = {};
+        const T* corner[kCorners];
+        JAX_DCN_UNROLL
+        for (int k = 0; k < kCorners; ++k) corner[k] = reinterpret_cast<const T*>(space.taps.taps[t].corner[k][p]);
+        if constexpr (kOnce) {
+          JAX_DCN_UNROLL
+          for (int k = 0; k < kCorners; ++k) sum[k] = once * LoadAs<V>(corner[k]);
+        } else {
+          ForVectors<V>(g_.deform_in(), [&](int64_t c, auto load, auto) JAX_DCN_ALWAYS_INLINE {
+            const V grad = load(grad_y + c);
+            JAX_DCN_UNROLL
+            for (int k = 0; k < kCorners; ++k) sum[k] += grad * load(corner[k] + c);
+          });
+        }
+        SumLanes(sum, space.sums[t][p]);
+      }
+    }
+  }
+
+  // From the sums to the gradients of a tap's offset, in the order in which it comes, and mask.
+  void Finish(int64_t t, int first, int pixels, const Scratch& space) const {
+    const typename Taps::Located& tap = space.taps.taps[t];
+    const Real(*sums)[kCorners] = space.sums[t];
+    const Place<Real> place = space.taps.places[t];
+    Real* grad_y = space.grad_offset + (2 * t + (g_.x_first ? 1 : 0)) * kTileRows + first;
+    Real* grad_x = space.grad_offset + (2 * t + (g_.x_first ? 0 : 1)) * kTileRows + first;
+    Real* grad_mask = space.grad_mask + t * kTileRows + first;
+    JAX_DCN_INDEPENDENT
+    for (int p = 0; p < pixels; ++p) {
+      const Real value[kCorners] = {sums[p][0], sums[p][1], sums[p][2], sums[p][3]};
+      // An invalid sample has no gradient, not even where grad_y is infinite.
+      const bool valid = tap.valid[p] != 0;
+      grad_y[p] = valid ? place.scale_y * (tap.mask[p] * DerivativeY(value, tap.lx[p])) : Real(0);
+      grad_x[p] = valid ? place.scale_x * (tap.mask[p] * DerivativeX(value, tap.ly[p])) : Real(0);
+      grad_mask[p] = valid ? Interpolate(value, tap.ly[p], tap.lx[p]) : Real(0);
+    }
+  }
+
+  // --- x ---
+
+  // Into how many parts the channels are cut: whole cache lines of floats, in no more tasks than share the work well.
+  static constexpr int64_t kLineChannels = 16;
+  int64_t ChannelParts(int workers) const {
+    constexpr int64_t kTasksEach = 4;
+    const int64_t wanted = CeilDiv(kTasksEach * workers, Max<int64_t>(1, g_.batch));
+    return Min(wanted, CeilDiv(g_.c_in, kLineChannels));
+  }
+  Range Channels(int64_t parts, int64_t i) const {
+    const Range lines = Range::Piece(CeilDiv(g_.c_in, kLineChannels), parts, i);
+    return {lines.begin * kLineChannels, Min(g_.c_in, lines.end * kLineChannels)};
+  }
+
+  // Of an image's channels.
+  void GradX(int64_t image, Range channels, const typename Taps::Scratch& space) const {
+    Real* pixel = grad_x_ + image * g_.image() * g_.c_in + channels.begin;
+    for (int64_t i = 0; i < g_.image(); ++i, pixel += g_.c_in) Zero(pixel, channels.size());
+    const TileGrid tiles(g_, {image * g_.h_out, (image + 1) * g_.h_out}, kTileRows);
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+      FillTile(g_, tiles[i], *space.tile);
+      for (int64_t c = channels.begin; c < channels.end;) {
+        const int64_t d = c / g_.deform_in();
+        const int64_t end = Min(channels.end, (d + 1) * g_.deform_in());
+        taps_.StartGroup(d, space);
+        for (int first = 0; first < space.tile->pixels; first += Taps::kPixels) {
+          const int pixels = taps_.template Locate<kGradX>(first, c, nullptr, grad_x_, space);
+          AddPixels(space.taps, space.tile->output + first, pixels, c, end - c);
+        }
+        c = end;
+      }
+    }
+  }
+
+  void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
+                 int64_t count) const {
+    constexpr int lanes = kLanes<Real>;
+    if constexpr (lanes >= 8) {
+      if (count <= lanes / 2) return AddPixels<Half<Real>>(taps, outputs, pixels, channel, count);
+    }
+    AddPixels<Vector<Real>>(taps, outputs, pixels, channel, count);
+  }
+
+  template <class V>
+  void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
+                 int64_t channels) const {
+    constexpr int lanes = kLanesOf<V, Real>;
+    ForBlocks<V, 2>(0, channels, [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
+      constexpr int kVectors = count;
+      for (int p = 0; p < pixels; ++p) {
+        V grad[kVectors];
+        JAX_DCN_UNROLL
+        for (int v = 0; v < kVectors; ++v) grad[v] = load(grad_y_ + outputs[p] * g_.c_in + channel + c + v * lanes);
+        for (int64_t t = 0; t < g_.taps(); ++t) {
+          JAX_DCN_UNROLL
+          for (int k = 0; k < kCorners; ++k) {
+            Real* corner = reinterpret_cast<Real*>(taps[t].grad_corner[k][p]) + c;
+            const V weight = Broadcast<V>(taps[t].weight[k][p]);
+            JAX_DCN_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+              store(corner + v * lanes, load(corner + v * lanes) + grad[v] * weight);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  const Geometry& g_;
+  const BackwardArrays& arrays_;
+  const T* x_;
+  const T* grad_y_;
+  Real* grad_x_;
+  const TileGrid tiles_;
+  const Taps taps_;
+};
+
+}  // namespace JAX_DCN_TARGET
+}  // namespace jax_dcn
