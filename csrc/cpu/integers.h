@@ -14,11 +14,11 @@ namespace JAX_DCN_TARGET {
 
 JAX_DCN_SIMD int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Int>
-JAX_DCN_SIMD Int Min(Int a, Int b) {
+JAX_DCN_SIMD constexpr Int Min(Int a, Int b) {
   return a < b ? a : b;
 }
 template <class Int>
-JAX_DCN_SIMD Int Max(Int a, Int b) {
+JAX_DCN_SIMD constexpr Int Max(Int a, Int b) {
   return a < b ? b : a;
 }
 

@@ -411,6 +411,61 @@ JAX_DCN_SIMD V SwapLanes(V a, V b, std::integer_sequence<int, kIndex...>) {
 #endif
 }
 
+// The lane of (a, b) that half of a sum takes into lane i: from each period of lanes a's blocks of `unit` of them that
+// are even, or odd, and then b's.
+constexpr int HalvedLane(int i, int unit, int period, int lanes, bool odd) {
+  const int half = period / unit / 2;
+  const int block = i % period / unit;
+  const int from = i / period * period + (block % half * 2 + (odd ? 1 : 0)) * unit + i % unit;
+  return block < half ? from : lanes + from;
+}
+
+template <class V, int kUnit, int kPeriod, bool kOdd, int... kIndex>
+JAX_DCN_SIMD V HalveLanes(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int lanes = sizeof...(kIndex);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, HalvedLane(kIndex, kUnit, kPeriod, lanes, kOdd)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{HalvedLane(kIndex, kUnit, kPeriod, lanes, kOdd)...});
+#endif
+}
+
+// Adds lanes of as many vectors as there are lanes, so that lane i of the first one is the sum of vector i: first
+// within 16 bytes, where a shuffle costs least, then across.
+template <class V, int kLanes, int kCount = kLanes>
+JAX_DCN_SIMD void AddLanes(V* v) {
+  if constexpr (kCount > 1) {
+    constexpr int in_block = 16 / static_cast<int>(sizeof(V{}[0]));
+    constexpr bool within = kLanes / kCount < in_block;
+    constexpr int unit = within ? 1 : in_block;
+    constexpr int period = within ? in_block : kLanes;
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+    JAX_DCN_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[i] = HalveLanes<V, unit, period, false>(v[2 * i], v[2 * i + 1], Lanes()) +
+             HalveLanes<V, unit, period, true>(v[2 * i], v[2 * i + 1], Lanes());
+    }
+    AddLanes<V, kLanes, kCount / 2>(v);
+  }
+}
+
+// to[i] = the sum of v[i]'s lanes.
+template <class V, int kCount, class Real>
+JAX_DCN_SIMD void StoreSums(V (&v)[kCount], Real* to) {
+  if constexpr (kLanesOf<V, Real> == kCount) {
+    AddLanes<V, kCount>(v);
+    Store(to, v[0]);
+  } else {
+    for (int i = 0; i < kCount; ++i) {
+      Real sum = 0;
+      for (int j = 0; j < kLanesOf<V, Real>; ++j) sum += v[i][j];
+      to[i] = sum;
+    }
+  }
+}
+
 // Transposes a square of lanes in registers.
 template <class Real, int kStep = 1>
 JAX_DCN_SIMD void TransposeLanes(Vector<Real> (&v)[kLanes<Real>]) {

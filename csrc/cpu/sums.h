@@ -1,9 +1,10 @@
 // The kernels without a weight, in NHWC: each channel is the sum of its own samples over the taps.
 //
-// Of a tile of output pixels a few at a time are located at all taps of a deform group, which then are summed vector of
-// channels by vector in registers. Forward, threads share the tiles. Backward is two passes that share nothing, so that
-// threads take from either what comes next: the gradients of offset and mask, for which they share the tiles, and that
-// of x, for which they share the images and, where a pixel's channels are many, these. No sum depends on how.
+// Of a tile of output pixels a few at a time are located at all taps of a deform group, which then are visited vector of
+// channels by vector: forward they are summed in registers. Backward has two parts, the gradients of offset and mask, for
+// which threads can share the tiles, and that of x, for which they can share the images and the channels. With enough
+// images and deform groups for all threads both are done in one go, and located once. No sum depends on how the work is
+// shared.
 
 #pragma once
 
@@ -85,15 +86,20 @@ class LocatedTaps {
 
   // Locates up to kPixels of the tile's, from `first` on, and returns how many. The channels begin at `channel`.
   template <int kWant>
-  int Locate(int first, int64_t channel, const T* x, const Real* grad_x, const Scratch& space) const {
+  int Locate(int first, int64_t channel, const T* x, Real* grad_x, const Scratch& space) const {
+    const Pixels of_x = PixelsOf(g_, x, channel, static_cast<const T*>(space.zeros));
+    const Pixels of_grad_x = PixelsOf(g_, grad_x, channel, space.spill);
+    const auto locate = [&](int pixels) JAX_DCN_ALWAYS_INLINE {
+      for (int64_t t = 0; t < g_.taps(); ++t) {
+        const Real* offset = space.offset + 2 * t * kTileRows;
+        FillTap<kWant>(space.places[t], *space.tile, first, pixels, offset + (g_.x_first ? kTileRows : 0),
+                       offset + (g_.x_first ? 0 : kTileRows), space.mask + (mask_ ? t * kTileRows : 0), of_x, of_grad_x,
+                       space.taps[t]);
+      }
+      return pixels;
+    };
     const int pixels = Min(kPixels, space.tile->pixels - first);
-    for (int64_t t = 0; t < g_.taps(); ++t) {
-      const Real* offset = space.offset + 2 * t * kTileRows;
-      FillTap<kWant>(space.places[t], *space.tile, first, pixels, offset + (g_.x_first ? kTileRows : 0),
-                     offset + (g_.x_first ? 0 : kTileRows), space.mask + (mask_ ? t * kTileRows : 0),
-                     PixelsOf(g_, x, channel, space.zeros), PixelsOf(g_, grad_x, channel, space.spill), space.taps[t]);
-    }
-    return pixels;
+    return pixels == kPixels ? locate(kPixels) : locate(pixels);  // a number that the compiler knows
   }
 
  private:
@@ -132,7 +138,7 @@ class ForwardSums {
     for (int64_t d = 0; d < g_.deform_groups; ++d) {
       taps_.StartGroup(d, space);
       for (int first = 0; first < space.tile->pixels; first += Taps::kPixels) {
-        const int pixels = taps_.template Locate<0>(first, d * g_.deform_in(), x_, nullptr, space);
+        const int pixels = taps_.template Locate<0>(first, d * g_.deform_in(), x_, static_cast<Real*>(nullptr), space);
         const int64_t* outputs = space.tile->output + first;
         if (kLanes<Real> >= 8 && g_.deform_in() <= kLanes<Real> / 2) {
           SumPixels<Half<Real>>(space.taps, outputs, pixels, d * g_.deform_in());
@@ -195,18 +201,28 @@ class BackwardSums {
     const WorkSpace<Scratch, BackwardSums> scratch(*this, workers.count());
     if (!scratch) return false;
     for (int i = 0; i < workers.count(); ++i) taps_.Start(scratch[i].taps);
+    const bool want_displacements = arrays_.grad_offset || arrays_.grad_mask;
+    const Parts parts(g_, workers.count());
+    const bool together = want_displacements && grad_x_ != nullptr && parts.whole_groups;
     // The long tasks first.
-    const int64_t parts = ChannelParts(workers.count());
-    const int64_t of_x = grad_x_ == nullptr ? 0 : g_.batch * parts;
-    const int64_t of_tiles = arrays_.grad_offset || arrays_.grad_mask ? tiles_.count() : 0;
+    const int64_t of_images = grad_x_ == nullptr ? 0 : g_.batch * parts.count;
+    const int64_t of_tiles = want_displacements && !together ? tiles_.count() : 0;
     const auto compute = [&](int worker, int64_t i) {
-      if (i < of_x) {
-        GradX(i / parts, Channels(parts, i % parts), scratch[worker].taps);
-      } else {
-        GradDisplacements(tiles_[i - of_x], scratch[worker]);
+      if (i >= of_images) return Visit<kSums>(tiles_[i - of_images], {0, g_.c_in}, scratch[worker]);
+      const int64_t image = i / parts.count;
+      const Range channels = parts[i % parts.count];
+      Real* pixel = grad_x_ + image * g_.image() * g_.c_in + channels.begin;
+      for (int64_t j = 0; j < g_.image(); ++j, pixel += g_.c_in) Zero(pixel, channels.size());
+      const TileGrid tiles(g_, {image * g_.h_out, (image + 1) * g_.h_out}, kTileRows);
+      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        if (together) {
+          Visit<kSums | kGradX>(tiles[tile], channels, scratch[worker]);
+        } else {
+          Visit<kGradX>(tiles[tile], channels, scratch[worker]);
+        }
       }
     };
-    ParallelFor(workers, of_x + of_tiles, compute);
+    ParallelFor(workers, of_images + of_tiles, compute);
     return true;
   }
 
@@ -220,66 +236,120 @@ class BackwardSums {
           grad_mask(carver.Take<Real>(b.g_.taps() * kTileRows)) {}
 
     typename Taps::Scratch taps;
-    Real (*sums)[Taps::kPixels][kCorners];  // per tap, pixel and corner, over the channels: grad_y * the corner's value
+    Real (*sums)[Taps::kPixels][kCorners];  // of each tap, pixel and corner, over the channels: grad_y * its value
     Real* grad_offset;                      // (taps, 2, kTileRows)
     Real* grad_mask;                        // (taps, kTileRows)
   };
 
-  // --- offset and mask ---
+  // How the channels are cut for grad_x: into enough parts to share the work well, of whole deform groups if these
+  // suffice. Parts begin at a cache line of floats, as far as possible.
+  class Parts {
+   public:
+    Parts(const Geometry& g, int workers) : c_in_(g.c_in) {
+      constexpr int64_t kLine = 16, kTasksEach = 2;
+      const int64_t wanted = CeilDiv(kTasksEach * workers, Max<int64_t>(1, g.batch));
+      unit_ = g.deform_in() < kLine && kLine % g.deform_in() == 0 ? kLine : g.deform_in();
+      whole_groups = CeilDiv(c_in_, unit_) >= wanted;
+      if (!whole_groups) unit_ = kLine;
+      count = Min(wanted, CeilDiv(c_in_, unit_));
+    }
 
-  void GradDisplacements(const Rectangle& rectangle, const Scratch& space) const {
+    Range operator[](int64_t i) const {
+      const Range units = Range::Piece(CeilDiv(c_in_, unit_), count, i);
+      return {units.begin * unit_, Min(c_in_, units.end * unit_)};
+    }
+
+    int64_t count;
+    bool whole_groups;
+
+   private:
+    int64_t c_in_, unit_;
+  };
+
+  // The samples of a tile, of these channels, which are whole deform groups unless only grad_x is wanted.
+  template <int kWant>
+  void Visit(const Rectangle& rectangle, Range channels, const Scratch& space) const {
     const Tile<Real>& tile = *space.taps.tile;
     FillTile(g_, rectangle, *space.taps.tile);
-    const int64_t taps = g_.taps(), channels = g_.mask_channels();
-    for (int64_t d = 0; d < g_.deform_groups; ++d) {
+    for (int64_t c = channels.begin, end = 0; c < channels.end; c = end) {
+      const int64_t d = c / g_.deform_in();
+      end = Min(channels.end, (d + 1) * g_.deform_in());
       taps_.StartGroup(d, space.taps);
       for (int first = 0; first < tile.pixels; first += Taps::kPixels) {
-        const int64_t channel = d * g_.deform_in();
-        const int pixels = taps_.template Locate<kSums>(first, channel, x_, nullptr, space.taps);
-        SumCorners(tile.output + first, pixels, channel, space);
-        for (int64_t t = 0; t < taps; ++t) Finish(t, first, pixels, space);
+        const int pixels = taps_.template Locate<kWant>(first, c, x_, grad_x_, space.taps);
+        const int64_t* outputs = tile.output + first;
+        if constexpr ((kWant & kSums) != 0) {
+          SumCorners(outputs, pixels, c, space);
+          for (int64_t t = 0; t < g_.taps(); ++t) Finish(t, first, pixels, space);
+        }
+        if constexpr ((kWant & kGradX) != 0) AddPixels(space.taps.taps, outputs, pixels, c, end - c);
       }
-      const auto store = [&](const Real* gradient, int64_t numbers, const Array& to) {
-        if (!to) return;
-        StoreChannels(g_, gradient, tile, channels * numbers, d * taps * numbers, taps * numbers, DataFormat::kNHWC,
-                      to);
-      };
-      store(space.grad_offset, 2, arrays_.grad_offset);
-      store(space.grad_mask, 1, arrays_.grad_mask);
+      if constexpr ((kWant & kSums) != 0) {
+        StoreGroup(d, space.grad_offset, 2, tile, arrays_.grad_offset);
+        StoreGroup(d, space.grad_mask, 1, tile, arrays_.grad_mask);
+      }
+    }
+  }
+
+  // --- offset and mask ---
+
+  // Of so many numbers per tap.
+  void StoreGroup(int64_t deform_group, const Real* gradient, int64_t numbers, const Tile<Real>& tile,
+                  const Array& to) const {
+    const int64_t count = g_.taps() * numbers;
+    if (to) {
+      StoreChannels(g_, gradient, tile, g_.deform_groups * count, deform_group * count, count, DataFormat::kNHWC, to);
     }
   }
 
   void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
     constexpr int lanes = kLanes<Real>;
     if constexpr (lanes >= 8) {
-      if (g_.deform_in() == lanes / 2) return SumCorners<Half<Real>, true>(outputs, pixels, channel, space);
+      if (g_.deform_in() == lanes / 2) return SumCorners<Half<Real>, 1>(outputs, pixels, channel, space);
     }
-    if (g_.deform_in() == lanes) return SumCorners<Vector<Real>, true>(outputs, pixels, channel, space);
-    SumCorners<Vector<Real>, false>(outputs, pixels, channel, space);
+    if (g_.deform_in() == lanes) return SumCorners<Vector<Real>, 1>(outputs, pixels, channel, space);
+    if (g_.deform_in() == 2 * lanes) return SumCorners<Vector<Real>, 2>(outputs, pixels, channel, space);
+    SumCorners<Vector<Real>, 0>(outputs, pixels, channel, space);
   }
 
-  // If kOnce, V holds the channels.
-  template <class V, bool kOnce>
+  // The channels are kVectors of V, or if that is 0 any number. As many pixels are visited together as make a vector of
+  // their corners' sums.
+  template <class V, int kVectors>
   void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
-    for (int p = 0; p < pixels; ++p) {
-      const T* grad_y = grad_y_ + outputs[p] * g_.c_in + channel;
-      const V once = kOnce ? LoadAs<V>(grad_y) : V{};
-      for (int64_t t = 0; t < g_.taps(); ++t) {
-        V sum[kCorners] = {};
-        const T* corner[kCorners];
+    constexpr int lanes = kLanesOf<V, Real>;
+    constexpr int kTogether = Max(1, lanes / kCorners);
+    const int64_t taps = g_.taps(), channels = g_.deform_in();
+    for (int first = 0; first < pixels; first += kTogether) {
+      int at[kTogether];
+      const T* grad_y[kTogether];
+      V grad[kTogether][Max(1, kVectors)];
+      JAX_DCN_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        at[i] = Min(first + i, pixels - 1);
+        grad_y[i] = grad_y_ + outputs[at[i]] * g_.c_in + channel;
         JAX_DCN_UNROLL
-        for (int k = 0; k < kCorners; ++k) corner[k] = reinterpret_cast<const T*>(space.taps.taps[t].corner[k][p]);
-        if constexpr (kOnce) {
+        for (int v = 0; v < kVectors; ++v) grad[i][v] = LoadAs<V>(grad_y[i] + v * lanes);
+      }
+      for (int64_t t = 0; t < taps; ++t) {
+        V sum[kTogether * kCorners];
+        JAX_DCN_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
           JAX_DCN_UNROLL
-          for (int k = 0; k < kCorners; ++k) sum[k] = once * LoadAs<V>(corner[k]);
-        } else {
-          ForVectors<V>(g_.deform_in(), [&](int64_t c, auto load, auto) JAX_DCN_ALWAYS_INLINE {
-            const V grad = load(grad_y + c);
-            JAX_DCN_UNROLL
-            for (int k = 0; k < kCorners; ++k) sum[k] += grad * load(corner[k] + c);
-          });
+          for (int k = 0; k < kCorners; ++k) {
+            const T* corner = reinterpret_cast<const T*>(space.taps.taps[t].corner[k][at[i]]);
+            V& own = sum[i * kCorners + k];
+            if constexpr (kVectors > 0) {
+              own = grad[i][0] * LoadAs<V>(corner);
+              JAX_DCN_UNROLL
+              for (int v = 1; v < kVectors; ++v) own += grad[i][v] * LoadAs<V>(corner + v * lanes);
+            } else {
+              own = V{};
+              ForVectors<V>(channels, [&](int64_t c, auto load, auto)
+                                          JAX_DCN_ALWAYS_INLINE { own += load(grad_y[i] + c) * load(corner + c); });
+            }
+          }
         }
-        SumLanes(sum, space.sums[t][p]);
+        StoreSums(sum, &space.sums[t][first][0]);
       }
     }
   }
@@ -305,38 +375,6 @@ class BackwardSums {
 
   // --- x ---
 
-  // Into how many parts the channels are cut: whole cache lines of floats, in no more tasks than share the work well.
-  static constexpr int64_t kLineChannels = 16;
-  int64_t ChannelParts(int workers) const {
-    constexpr int64_t kTasksEach = 4;
-    const int64_t wanted = CeilDiv(kTasksEach * workers, Max<int64_t>(1, g_.batch));
-    return Min(wanted, CeilDiv(g_.c_in, kLineChannels));
-  }
-  Range Channels(int64_t parts, int64_t i) const {
-    const Range lines = Range::Piece(CeilDiv(g_.c_in, kLineChannels), parts, i);
-    return {lines.begin * kLineChannels, Min(g_.c_in, lines.end * kLineChannels)};
-  }
-
-  // Of an image's channels.
-  void GradX(int64_t image, Range channels, const typename Taps::Scratch& space) const {
-    Real* pixel = grad_x_ + image * g_.image() * g_.c_in + channels.begin;
-    for (int64_t i = 0; i < g_.image(); ++i, pixel += g_.c_in) Zero(pixel, channels.size());
-    const TileGrid tiles(g_, {image * g_.h_out, (image + 1) * g_.h_out}, kTileRows);
-    for (int64_t i = 0; i < tiles.count(); ++i) {
-      FillTile(g_, tiles[i], *space.tile);
-      for (int64_t c = channels.begin; c < channels.end;) {
-        const int64_t d = c / g_.deform_in();
-        const int64_t end = Min(channels.end, (d + 1) * g_.deform_in());
-        taps_.StartGroup(d, space);
-        for (int first = 0; first < space.tile->pixels; first += Taps::kPixels) {
-          const int pixels = taps_.template Locate<kGradX>(first, c, nullptr, grad_x_, space);
-          AddPixels(space.taps, space.tile->output + first, pixels, c, end - c);
-        }
-        c = end;
-      }
-    }
-  }
-
   void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
                  int64_t count) const {
     constexpr int lanes = kLanes<Real>;
@@ -352,11 +390,12 @@ class BackwardSums {
     constexpr int lanes = kLanesOf<V, Real>;
     ForBlocks<V, 2>(0, channels, [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
       constexpr int kVectors = count;
+      const int64_t all_taps = g_.taps();
       for (int p = 0; p < pixels; ++p) {
         V grad[kVectors];
         JAX_DCN_UNROLL
         for (int v = 0; v < kVectors; ++v) grad[v] = load(grad_y_ + outputs[p] * g_.c_in + channel + c + v * lanes);
-        for (int64_t t = 0; t < g_.taps(); ++t) {
+        for (int64_t t = 0; t < all_taps; ++t) {
           JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) {
             Real* corner = reinterpret_cast<Real*>(taps[t].grad_corner[k][p]) + c;

@@ -48,8 +48,8 @@ struct Tap {
 // Locates the samples of a tile's pixels from `first` on. dy, dx and mask are those of the tile's pixels. What only
 // kSums or kGradX needs is computed where it is wanted.
 template <int kWant, class Real, int kPixels>
-void FillTap(const Place<Real>& place, const Tile<Real>& tile, int first, int pixels, const Real* dy, const Real* dx,
-             const Real* mask, Pixels x, Pixels grad_x, Tap<Real, kPixels>& tap) {
+JAX_DCN_SIMD void FillTap(const Place<Real>& place, const Tile<Real>& tile, int first, int pixels, const Real* dy,
+                          const Real* dx, const Real* mask, Pixels x, Pixels grad_x, Tap<Real, kPixels>& tap) {
   constexpr bool want_sums = (kWant & kSums) != 0;
   constexpr bool want_grad_x = (kWant & kGradX) != 0;
   const Real* tile_y = tile.y + first;
