@@ -14,8 +14,9 @@ from tasks import Results, Run, Task
 
 import jax_dcn
 
-KERNELS = "jax_dcn_deform_conv2d"  # how XLA's programs name them
-WIDE = ("offset", "mask")  # in float32 whatever the task's dtype
+KERNELS = 'custom_call_target="jax_dcn_'  # how XLA's programs name them
+# In float32 whatever the task's dtype.
+WIDE = ("offset", "mask", "offset_mask", "sampling_locations", "attention_weights")
 
 
 def calls_kernels(program: jax.stages.Compiled) -> bool:

@@ -135,19 +135,22 @@ def measure_latency(rounds: int) -> dict[str, float]:
 # --- memory ---
 
 
-def extra_memory(workload: Workload, backward: bool, data_format: str) -> float:
-    """MiB that a call uses above its operands and results, in a fresh process."""
+def extra_memory(run: Run) -> float:
+    """MiB that a run of one set uses above its operands and results, in a fresh process."""
 
     def kibibytes(key: str) -> int:
         with Path("/proc/self/status").open() as status:
             return int(next(line.split()[1] for line in status if line.startswith(key)))
 
-    run = build(workload, backward, data_format)
     ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse what was freed, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
     before = kibibytes("VmRSS")
     (results,) = run()
     return (kibibytes("VmHWM") - before) / 1024 - sum(array.nbytes for array in results.values()) / 2**20
+
+
+def extra_memory_of(workload: Workload, backward: bool, data_format: str) -> float:
+    return extra_memory(build(workload, backward, data_format))
 
 
 def measure_memory() -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ def measure_memory() -> list[dict[str, Any]]:
         for image, data_format in itertools.product(IMAGES, ("NHWC", "NCHW")):
             entry = {"height": image.height, "width": image.width, "channels": image.c_in, "data_format": data_format}
             for backward, direction in enumerate(DIRECTIONS):
-                entry[direction] = pool.submit(extra_memory, image, bool(backward), data_format).result()
+                entry[direction] = pool.submit(extra_memory_of, image, bool(backward), data_format).result()
             mebibytes = image.height * image.width * image.c_in * 4 / 2**20
             entries.append(entry | {"image": mebibytes, "columns": mebibytes * image.kernel**2})
     return entries
