@@ -531,6 +531,40 @@ def check_sharing(name, kind):
     jax.tree.map(assert_close, (grads, y), expected)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_queries_are_shared(kind):
+    run_python(
+        f"import test_unweighted; test_unweighted.check_sharing_queries({kind!r})",
+        Path(__file__).parent,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
+
+
+def check_sharing_queries(kind):
+    """Each device computes its images and queries, and nothing but the sum of the value's gradient is exchanged."""
+    mesh = jax.make_mesh((2, 2), ("images", "queries"), axis_types=(getattr(AxisType, kind),) * 2)
+    rng = np.random.default_rng(0)
+    sizes = (4, 16, 4, 3), (4, 6, 4, 2, 3, 2), (4, 6, 4, 2, 3)
+    specs = P("images"), P("images", "queries"), P("images", "queries")
+    arrays = [rng.standard_normal(size, np.float32) for size in sizes]
+
+    def loss(*arrays):
+        y = attention(((3, 4), (2, 2)))(*arrays)
+        return jnp.sin(y).sum(), y
+
+    gradients = jax.grad(loss, (0, 1, 2), has_aux=True)
+    expected = gradients(*map(jnp.asarray, arrays))
+    shared = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients).lower(*shared).compile()
+        grads, y = compiled(*shared)
+    collectives = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text())
+    assert collectives == ["all-reduce"]
+    for array, spec in zip((*grads, y), (*specs, specs[1]), strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
+    jax.tree.map(assert_close, (grads, y), expected)
+
+
 @pytest.mark.parametrize("name", ["dcnv3", "attention"])
 def test_a_mesh_of_one_device(name, implementation):
     """With explicit axes, where nothing is left to XLA's partitioner."""

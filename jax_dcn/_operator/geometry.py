@@ -49,6 +49,11 @@ class Geometry:
         return self.data_format.index("C")
 
     @property
+    def column_axis(self) -> int:
+        """The axis of the columns of these arrays."""
+        return self.data_format.index("W")
+
+    @property
     def out_axis(self) -> int:
         """The axis of C_out in the weight: HWIO goes with NHWC, OIHW with NCHW."""
         return 3 if self.data_format == "NHWC" else 0

@@ -1,7 +1,8 @@
 """How a primitive runs on the devices of a mesh: each computes its own part, and sums what all contribute to.
 
 Devices share the images, the output channels, or both. With several weight groups they share the units that
-`Geometry.units` counts, input channels included. Anything else is replicated: a sample reads the whole image and all
+`Geometry.units` counts, input channels included. Without a grid they share the outputs of a row too, which are the
+queries of an attention. Anything else is replicated: a sample reads the whole image and all
 its channels of a unit. So are images, channels and units that do not divide among the devices, as XLA would pad the
 last shard, and what it pads with must not enter a sum.
 """
@@ -82,22 +83,29 @@ def _shared_by_channel(geometry: Geometry, name: str) -> bool:
     return geometry.groups > 1 and (shaped_as(name) == "x" or geometry.deform_groups > 1)
 
 
+def _shared_by_query(geometry: Geometry, name: str) -> bool:
+    """Whether devices that share the queries share the array's columns."""
+    return not geometry.has_grid and shaped_as(name) in ("y", "offset", "mask")
+
+
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes that an entry of a PartitionSpec names."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _sharding_rule(call: _Bound, mesh, operand_types, result_types) -> tuple[str, dict[str, Any]]:
-    """As Shardy writes it: n are the images, o the output channels, u the units; no other axis is shared."""
+    """As Shardy writes it: n are the images, q the queries, o the output channels, u the units; no other is shared."""
     geometry = call.geometry
     channels_shared = _channels_shared(geometry, mesh)
-    shared = {"n", "u", "o"}
+    shared = {"n", "q", "u", "o"}
     sizes = {"u": geometry.units} if geometry.groups > 1 and channels_shared else {}
 
     def factors(i: int, name: str, shape: Sequence[int]) -> str:
         axes = [f"{axis}{i}" for axis in "abcd"[: len(shape)]]
         if is_per_image(name):
             axes[0] = "n"
+        if _shared_by_query(geometry, name):
+            axes[geometry.column_axis] = "q"
         channel = channel_axis(geometry, name)
         if channels_shared and _shared_by_channel(geometry, name):
             if geometry.groups == 1:
@@ -148,16 +156,23 @@ def _partition(call: _Bound, mesh, arg_shapes, result_shape):
         return axes
 
     images = dividing(shapes["x"][0], axes_along(lambda name: 0, ("y", "x", "offset", "mask")))
+    queries: tuple[str, ...] = ()
+    if not geometry.has_grid:
+        queries = axes_along(lambda name: geometry.column_axis, ("y", "offset", "mask"))
+        queries = tuple(axis for axis in queries if axis not in images)
+        queries = dividing(shapes["offset"][geometry.column_axis], queries)
     outs: tuple[str, ...] = ()
     if _channels_shared(geometry, mesh):
         outs = axes_along(functools.partial(channel_axis, geometry), ("y", "weight", "bias"))
-        outs = tuple(axis for axis in outs if axis not in images)
+        outs = tuple(axis for axis in outs if axis not in (*images, *queries))
         outs = dividing(geometry.units if geometry.groups > 1 else shapes["y"][geometry.channel_axis], outs)
 
     def sharding(name: str) -> NamedSharding:
         spec: list[Any] = [None] * (1 if shaped_as(name) == "bias" else 4)
         if is_per_image(name):
             spec[0] = images or None
+        if _shared_by_query(geometry, name):
+            spec[geometry.column_axis] = queries or None
         if _shared_by_channel(geometry, name):
             spec[channel_axis(geometry, name)] = outs or None
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -168,7 +183,8 @@ def _partition(call: _Bound, mesh, arg_shapes, result_shape):
         """The mesh axes along which every device has only its part of a sum."""
         if not is_per_image(name):
             return images
-        return () if _shared_by_channel(geometry, name) else outs
+        by_channel = () if _shared_by_channel(geometry, name) else outs
+        return by_channel if _shared_by_query(geometry, name) else (*queries, *by_channel)
 
     def compute(*operands: jax.Array) -> list[jax.Array]:
         with compat.no_mesh():

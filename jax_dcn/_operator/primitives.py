@@ -45,8 +45,14 @@ def _deform_conv2d_abstract(*operands, names, geometry, **params):
     outs = partitioning.mesh_axes(aval[source].sharding.spec[axis])
     spec: list[Any] = [None] * 4
     spec[0] = images or None
+    taken = images
+    if not geometry.has_grid:
+        queries = partitioning.mesh_axes(aval["offset"].sharding.spec[geometry.column_axis])
+        queries = tuple(axis for axis in queries if axis not in taken)
+        spec[geometry.column_axis] = queries or None
+        taken = (*taken, *queries)
     # An axis shards the images or the channels: where it is both operands', the weight is gathered.
-    spec[geometry.channel_axis] = tuple(axis for axis in outs if axis not in images) or None
+    spec[geometry.channel_axis] = tuple(axis for axis in outs if axis not in taken) or None
     return [_reshaped(aval["x"], shape, spec)]
 
 

@@ -134,11 +134,12 @@ def _levels(
     by_level = (*offset.shape[:3], geometry.deform_groups, len(geometry.levels), points)
     fractions = offset.astype(dtype).reshape(*by_level, 2)
     factors = None if mask is None else mask.reshape(by_level)
+    row = lax.squeeze(x, (1,))
     of_level = dataclasses.replace(geometry, kernel_size=(points, 1), levels=())
     found: list[tuple[jax.Array, jax.Array, jax.Array | None, Geometry]] = []
     start = 0
     for level, (height, width) in enumerate(geometry.levels):
-        image = lax.slice_in_dim(x, start, start + height * width, axis=2)
+        image = lax.slice_in_dim(row, start, start + height * width, axis=1)
         pixels = fractions[..., level, :, :] * jnp.asarray([width, height], dtype)[None, None, None, None, None] - 0.5
         image = image.reshape(x.shape[0], height, width, x.shape[3])
         pixels = pixels.reshape(*offset.shape[:3], of_level.offset_channels)

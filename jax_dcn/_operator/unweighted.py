@@ -134,10 +134,12 @@ def _attention(
     **options: Any,
 ) -> jax.Array:  # (N, Q, heads*D)
     """A row of queries, whose taps are the points of all levels."""
-    n, pixels, channels = value.shape
+    n, _, channels = value.shape
     _, _, heads, count, points = weights.shape
-    image = (1, pixels) if levels else size
-    if not levels:
+    if levels:
+        x = value[:, None]
+    else:
+        x = value.reshape(n, *size, channels)
         dtype = accumulation_dtype(value.dtype)
         pixels_of = jnp.stack([jnp.asarray(side, dtype) for side in size[::-1]])[None, None, None, None, None]
         locations = locations.astype(dtype) * pixels_of - 0.5
@@ -150,7 +152,6 @@ def _attention(
         x_first=True,
         levels=levels,
     )
-    x = value.reshape(n, *image, channels)
     return _deform_conv2d(x, locations[:, None], weights[:, None], geometry, **options)[:, 0]
 
 
