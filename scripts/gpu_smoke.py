@@ -36,7 +36,8 @@ class Check(NamedTuple):
 
 # Tiles of every width, several of pixels, of output channels and of a group's channels; parts of the stages, as pixels
 # are few in most; channels that are padded on both sides; more taps than a table has columns; bundles of groups and
-# small groups, in several tiles and parts; no mask, no bias, no images; pixels that nothing may read.
+# small groups, in several tiles and parts; no mask, no bias, no images; pixels that nothing may read; calls without a
+# weight.
 CHECKS = (
     Check("tiles"),
     Check("padded"),
@@ -47,10 +48,14 @@ CHECKS = (
     Check("many_small_groups"),
     Check("island"),
     Check("no_images"),
+    Check("dcnv3"),
+    Check("attention"),
     Check("tiles", deterministic=True),
     Check("padded", deterministic=True),
     Check("bundles", deterministic=True),
     Check("small_groups", deterministic=True),
+    Check("dcnv3", deterministic=True),
+    Check("attention", deterministic=True),
     Check("wide_128"),
     Check("wide_256"),
 )
@@ -98,10 +103,46 @@ def cases() -> dict[str, Any]:
         ),
         dataclasses.replace(ISLAND, c_out=20),
         Case("no_images", batch=0, c_in=8, c_out=20),
+        # Padded channels, more than a block of GradXInOrderSums owns, and more taps than a block locates at a time. The
+        # attention has as many queries as a convolution has outputs.
+        Case("dcnv3", c_in=270, c_out=270, size=(9, 8), stride=(2, 1), padding=((1, 2), (0, 1)), deform_groups=27),
+        Case("attention", c_in=64, c_out=64, size=(13, 17), kernel=(400, 3), padding=(194, 0), deform_groups=2),
         Case("wide_128", c_out=100, **many_pixels),
         Case("wide_256", c_out=200, **many_pixels),
     )
     return {case.name: case for case in all_cases}
+
+
+def dcnv3(case: Any, operands: dict[str, Any]) -> Any:
+    from support.formats import to_nchw, to_nhwc
+
+    import jax_dcn
+
+    sizes = {name: getattr(case, name) for name in ("stride", "padding", "dilation")}
+    arrays = {name: to_nhwc(array) for name, array in operands.items()}
+    return to_nchw(jax_dcn.dcnv3(**arrays, kernel_size=case.kernel, groups=case.deform_groups, **sizes))
+
+
+def attention(case: Any, operands: dict[str, Any]) -> Any:
+    """A kernel's columns are of levels, which are a row each and what is left of the image."""
+    from support.formats import to_nchw, to_nhwc
+
+    import jax_dcn
+
+    x, offset, mask = (to_nhwc(operands[name]) for name in ("x", "offset", "mask"))
+    (n, h, w, _), (points, levels), heads = x.shape, case.kernel, case.deform_groups
+    by_point = (n, -1, heads, levels, points)
+    y = jax_dcn.multi_scale_deformable_attention(
+        x.reshape(n, h * w, heads, -1),
+        [(1, w)] * (levels - 1) + [(h - levels + 1, w)],
+        (offset / 4 + 0.5).reshape(*by_point, 2),  # the middle of a level, more or less
+        mask.reshape(by_point),
+    )
+    return to_nchw(y.reshape(n, *case.output_size, -1))
+
+
+# Without a weight and a bias.
+UNWEIGHTED = {"dcnv3": dcnv3, "attention": attention}
 
 
 # --- one process ---
@@ -111,7 +152,7 @@ def operands(name: str, mode: str) -> tuple[dict[str, Any], Any]:
     """NCHW operands, of which some offsets lead nowhere, and a cotangent, in the dtypes of the mode."""
     import numpy as np
     from jax import numpy as jnp
-    from support.cases import OUT_OF_RANGE, island
+    from support.cases import OUT_OF_RANGE, PER_IMAGE, island
 
     case = cases()[name]
     arrays = case.operands("float64")
@@ -122,6 +163,8 @@ def operands(name: str, mode: str) -> tuple[dict[str, Any], Any]:
     elif arrays["offset"].size:
         chosen = np.random.default_rng(2).choice(arrays["offset"].size, len(OUT_OF_RANGE), replace=False)
         arrays["offset"].flat[chosen] = OUT_OF_RANGE
+    if name in UNWEIGHTED:
+        arrays = {key: arrays[key] for key in PER_IMAGE}
     dtype = jnp.dtype("float32" if mode == "tf32" else mode)
     wide = dtype if name == "padded" else jnp.promote_types(dtype, "float32")  # of offset and mask
     with np.errstate(over="ignore"):
@@ -134,9 +177,12 @@ def lowered(name: str, arrays: dict[str, Any], cotangent: Any, implementation: s
     import jax
     from support.cases import deform_conv2d
 
+    case = cases()[name]
+    call = functools.partial(UNWEIGHTED[name], case) if name in UNWEIGHTED else deform_conv2d(case, "NHWC")
+
     @jax.jit
     def function(arrays, cotangent):
-        y, vjp = jax.vjp(deform_conv2d(cases()[name], "NHWC"), arrays)
+        y, vjp = jax.vjp(call, arrays)
         return {"y": y, **{f"grad_{key}": gradient for key, gradient in vjp(cotangent)[0].items()}}
 
     os.environ["JAX_DCN_IMPLEMENTATION"] = implementation  # read when traced
