@@ -79,7 +79,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   const SumsPlan<T> plan(g, &wanted, workspace);
   const Problem& p = plan.problem;
   Real* grad_x = static_cast<Real*>(arrays.grad_x.data);
-  Real* sums = plan.pads ? plan.padded_grad_x : grad_x;
+  Real* sums = wanted.x && plan.pads ? plan.padded_grad_x : grad_x;
   if (wanted.x) launcher.Zero("grad_x", sums, plan.input_pixels * p.c_in * static_cast<int64_t>(sizeof(Real)));
   if (p.pixels > 0) {
     const T* grad_y = plan.Padded(launcher, arrays.grad_y, p.pixels, plan.padded_grad_y);

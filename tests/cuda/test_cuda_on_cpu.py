@@ -10,18 +10,21 @@ import on_cpu
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import cases
+from support import cases, unweighted
 from support.cases import (
     AWKWARD,
     DTYPES,
     DTYPES_OF_16_BITS,
     ISLAND,
     OPERANDS,
+    PER_IMAGE,
+    SUBSETS,
     UNUSABLE,
     Case,
     by_definition,
     gradients_by_definition,
 )
+from support.formats import to_nhwc
 from support.strategies import SETTINGS, geometries
 from support.tolerances import TOLERANCES
 
@@ -77,6 +80,25 @@ TURING = [
     *BUNDLES,
 ]
 
+# Without a weight: deform groups of all sizes around vectors, alone and side by side.
+DEFORM_GROUPS = [
+    Case(f"{groups}_groups_of_{size}", batch=1, c_in=groups * size, deform_groups=groups)
+    for size in (1, 2, 3, 4, 5, 16, 17)
+    for groups in (1, 3)
+]
+
+# More channels than a block owns; groups that have more vectors than a warp, and than a block, has threads; more pairs,
+# and more taps of a single pair, than a block locates at a time.
+SUMS = [
+    Case("group_of_300", batch=1, c_in=300, size=(3, 2), kernel=(2, 2), padding=(0, 0), mask=False),
+    Case("group_of_1040", batch=1, c_in=1040, size=(3, 2), kernel=(2, 2), padding=(0, 0)),
+    Case("130_groups_of_2", batch=2, c_in=260, size=(3, 2), kernel=(1, 2), padding=(0, 0), deform_groups=130),
+    Case("kernel_40x40", batch=1, c_in=12, size=(41, 40), kernel=(40, 40), padding=(0, 0), deform_groups=3),
+    Case("kernel_7x7", batch=1, c_in=24, kernel=(7, 7), padding=(3, 3), deform_groups=6, mask=False),
+    Case("several_blocks", c_in=20, size=(14, 11), stride=(1, 2), padding=((2, 1), (0, 3)), deform_groups=5),
+    Case("dilation", c_in=8, size=(9, 8), kernel=(2, 3), stride=(2, 3), padding=(2, 1), dilation=(3, 2)),
+]
+
 
 def assert_close(mode, actual, expected, name, magnitude, rounded=ROUNDED):
     """To the tolerances of the largest value, and of the largest `magnitude` where products' operands were rounded."""
@@ -103,9 +125,26 @@ def check(programs, case, mode, operands, given=None, rounded=ROUNDED, **argumen
     magnitude = gradients_by_definition(case, absolute(operands), np.abs(cotangent))
     # Differences of x have either sign, so magnitudes of x do not tell that of the gradient of offset.
     magnitude["offset"] = 2 * np.abs(expected["offset"])
-    assert gradients.keys() == expected.keys()
+    assert gradients.keys() == given.keys()
     for name, gradient in gradients.items():
         assert_close(mode, gradient, expected[name], name, magnitude[name], rounded)
+
+
+def of_sums(case):
+    """The case without a weight, and so without products: each channel by itself, and no bias."""
+    return dataclasses.replace(case, c_out=case.c_in, groups=case.c_in, bias=False)
+
+
+def without_weight(operands):
+    return {name: operands[name] for name in PER_IMAGE if name in operands}
+
+
+def check_sums(programs, case, mode, operands, given=None, **arguments):
+    """The same of a call without a weight, whose definition has one of ones."""
+    case = of_sums(case)
+    ones = np.ones((case.c_in, 1, *case.kernel), operands["x"].dtype)
+    given = without_weight(given or operands)
+    check(programs, case, mode, {**without_weight(operands), "weight": ones}, given, rounded={}, **arguments)
 
 
 @pytest.mark.parametrize("mode", on_cpu.MODES)
@@ -228,15 +267,17 @@ def test_gradients_alone(programs, wanted, groups):
         np.testing.assert_array_equal(alone[name], everything[name])
 
 
+@pytest.mark.parametrize("check", [check, check_sums])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unusable_coordinates(programs, dtype):
+def test_unusable_coordinates(programs, dtype, check):
     operands, _ = cases.unusable_coordinates(dtype)
     check(programs, UNUSABLE, "float32", operands)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_pixels_that_no_sample_touches_do_not_leak(programs, value, deterministic):
+@pytest.mark.parametrize("check", [check, check_sums])
+def test_pixels_that_no_sample_touches_do_not_leak(programs, check, value, deterministic):
     operands, untouched = cases.island()
     x = operands["x"].copy()
     x[:, :, untouched] = value
@@ -244,7 +285,8 @@ def test_pixels_that_no_sample_touches_do_not_leak(programs, value, deterministi
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_mask_of_a_tap_outside_the_image_is_not_read(programs, value):
+@pytest.mark.parametrize("check", [check, check_sums])
+def test_mask_of_a_tap_outside_the_image_is_not_read(programs, check, value):
     case = Case("outside", batch=1, padding=(2, 2))
     operands = case.operands()
     operands["offset"].reshape(-1, 2, *case.output_size)[4] = -50
@@ -256,15 +298,19 @@ def test_mask_of_a_tap_outside_the_image_is_not_read(programs, value):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_reach_what_they_touch(programs, value, deterministic):
+@pytest.mark.parametrize("weighted", [True, False])
+def test_values_that_are_not_finite_reach_what_they_touch(programs, weighted, value, deterministic):
     """One such number in grad_y, so that grad_x is not finite exactly where the samples of its pixel lie."""
     case = Case("not_finite", kernel=(1, 1), padding=(0, 0), mask=False)
+    case = case if weighted else of_sums(case)
     operands, cotangent = case.operands("float32"), case.cotangent("float32")
     operands["offset"][:] = 0.25
+    if not weighted:
+        operands = without_weight(operands)
     cotangent[0, 1, 2, 3] = value
     gradients = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=deterministic)
     reached = np.zeros(operands["x"].shape, bool)
-    reached[0, :, 2:4, 3:5] = True
+    reached[0, slice(None) if weighted else 1, 2:4, 3:5] = True
     np.testing.assert_array_equal(np.isfinite(gradients["x"]), ~reached)
 
 
@@ -294,3 +340,156 @@ def test_values_that_are_not_finite_stay_in_their_group(programs, channels, valu
     assert not np.isfinite(changed_gradients["x"][:, own_in]).all()
     others = [np.delete(g["x"], own_in, 1) for g in (gradients, changed_gradients)]
     np.testing.assert_array_equal(*others)
+
+
+# --- without a weight ---
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("case", [*DEFORM_GROUPS, *SUMS, *AWKWARD], ids=str)
+def test_sums(programs, case, mode):
+    check_sums(programs, case, mode, case.operands(mode))
+
+
+@pytest.mark.parametrize(("architecture", "device", "deterministic"), [(900, 0, True), (750, 0, False), (900, 1, True)])
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_sums_in_order_and_elsewhere(programs, case, mode, architecture, device, deterministic):
+    where = dict(architecture=architecture, device=device, deterministic=deterministic)
+    check_sums(programs, case, mode, case.operands(mode), **where)
+
+
+@settings(SETTINGS, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    case=geometries(),
+    channels=st.integers(1, 20),
+    mode=st.sampled_from(DTYPES),
+    displacement_dtype=st.sampled_from(["float32", None]),
+    offset_scale=st.sampled_from([0, 0.25, 1, 8]),
+    deterministic=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_sums(programs, case, channels, mode, displacement_dtype, offset_scale, deterministic, seed):
+    case = dataclasses.replace(case, c_in=channels * case.deform_groups, c_out=1, groups=1)
+    operands = case.operands(mode, seed)
+    operands["offset"] *= offset_scale
+    for name in {"offset", "mask"} & operands.keys():
+        operands[name] = operands[name].astype(displacement_dtype or mode)
+    check_sums(programs, case, mode, operands, deterministic=deterministic, seed=seed)
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("case", [SUMS[0], SUMS[2], SUMS[5]], ids=str)
+def test_same_bits_of_sums_in_any_order(programs, case, mode):
+    case = of_sums(case)
+    operands, cotangent = without_weight(case.operands(mode)), case.cotangent(mode)
+    results, gradients = [], []
+    for seed in range(3):
+        results.append(on_cpu.run(programs, case, mode, operands, seed=seed))
+        gradients.append(on_cpu.run(programs, case, mode, operands, cotangent, seed=seed, deterministic=True))
+    default = on_cpu.run(programs, case, mode, operands, cotangent)
+    for other in (1, 2):
+        np.testing.assert_array_equal(results[0], results[other])
+        for name, gradient in gradients[0].items():
+            np.testing.assert_array_equal(gradient, gradients[other][name], err_msg=name)
+    for name in default.keys() - {"x"}:
+        np.testing.assert_array_equal(gradients[0][name], default[name], err_msg=name)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("wanted", [s for s in SUBSETS if set(s) < set(PER_IMAGE)], ids=str)
+@pytest.mark.parametrize("channels", [4, 5])
+def test_gradients_of_sums_alone(programs, channels, wanted, deterministic):
+    """With and without padding, which has work space for grad_x only if that is wanted."""
+    case = of_sums(Case("alone", c_in=3 * channels, deform_groups=3))
+    operands, cotangent = without_weight(case.operands("float32")), case.cotangent("float32")
+    everything = on_cpu.run(programs, case, "float32", operands, cotangent, deterministic=True)
+    alone = on_cpu.run(programs, case, "float32", operands, cotangent, wanted=wanted, deterministic=deterministic)
+    assert alone.keys() == set(wanted)
+    for name in wanted:
+        atol = 0 if deterministic or name != "x" else 1e-5
+        np.testing.assert_allclose(alone[name], everything[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+def test_taps_down_the_columns(programs, mode):
+    """The same samples in another order, in which they are summed."""
+    case = of_sums(Case("down", c_in=10, kernel=(2, 3), stride=(2, 1), dilation=(1, 2), deform_groups=2))
+    operands, cotangent = without_weight(case.operands(mode)), case.cotangent(mode)
+
+    def turned(name, array, kernel=case.kernel):
+        if name == "x":
+            return array
+        by_tap = array.reshape(case.batch, case.deform_groups, *kernel, -1, *case.output_size).swapaxes(2, 3)
+        return by_tap[:, :, :, :, ::-1].reshape(array.shape)
+
+    down = {name: turned(name, array) for name, array in operands.items()}
+    y, y_down = (on_cpu.run(programs, case, mode, a, x_first=a is down) for a in (operands, down))
+    assert_close(mode, y_down, y, "y", 0, {})
+    gradients = on_cpu.run(programs, case, mode, operands, cotangent)
+    of_down = on_cpu.run(programs, case, mode, down, cotangent, x_first=True)
+    assert_close(mode, of_down["x"], gradients["x"], "x", 0, {})
+    for name in ("offset", "mask"):
+        np.testing.assert_array_equal(turned(name, of_down[name], case.kernel[::-1]), gradients[name], err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Case):
+    """As the public function calls the kernels: a row of pixels and one of queries, whose taps the points are."""
+
+    levels: tuple = ()
+    points: int = 1
+    queries: int = 1
+
+    def __post_init__(self):
+        row = (1, sum(h * w for h, w in self.levels))
+        none = dict(stride=(0, 0), padding=(0, 0), dilation=(0, 0))
+        derived = dict(none, size=row, kernel=(self.points, len(self.levels)), c_out=self.c_in, groups=self.c_in)
+        for name, value in {**derived, "bias": False}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def output_size(self):
+        return 1, self.queries
+
+
+ATTENTION = [
+    Attention("detr", c_in=24, deform_groups=3, levels=((6, 5), (3, 3), (2, 1), (1, 1)), points=4, queries=9),
+    Attention("one_level", c_in=10, deform_groups=2, levels=((1, 7),), points=3, queries=50, mask=False),
+    Attention("eight_levels", batch=1, c_in=5, levels=((2, 3),) * 7 + ((4, 1),), queries=40),
+    Attention("windows", batch=1, c_in=1040, levels=((3, 4), (5, 2)), points=600),
+    Attention("no_queries", c_in=8, deform_groups=2, levels=((2, 3), (1, 2)), points=2, queries=0),
+    Attention("no_images", batch=0, c_in=8, levels=((2, 3), (1, 2)), points=2, queries=3),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_levels(programs, case, mode, deterministic):
+    """Locations are multiples of 1/64, some of them on borders and outside, and some lead nowhere."""
+    operands, cotangent = without_weight(case.operands(mode)), case.cotangent(mode)
+    rng = np.random.default_rng(3)
+    locations = rng.integers(-16, 80, operands["offset"].shape) / 64
+    if locations.size:
+        locations.flat[rng.choice(locations.size, 3, replace=False)] = np.nan, np.inf, -1e30
+    with np.errstate(over="ignore"):
+        operands["offset"] = locations.astype(operands["offset"].dtype)
+    call = dict(x_first=True, levels=case.levels)
+    y = on_cpu.run(programs, case, mode, operands, **call)
+    gradients = on_cpu.run(programs, case, mode, operands, cotangent, deterministic=deterministic, **call)
+
+    n, _, (_, pixels), heads = case.batch, case.c_in, case.size, case.deform_groups
+    by_point = (n, case.queries, heads, len(case.levels), case.points)
+    shapes = {"x": (n, pixels, heads, case.c_in // heads), "offset": (*by_point, 2), "mask": by_point}
+    arrays = {name: to_nhwc(array).reshape(shapes[name]) for name, array in operands.items()}
+    arrays.setdefault("mask", np.ones(by_point))
+    of_y = (n, case.queries, case.c_in)
+    expected_y, expected = unweighted.attention(
+        arrays["x"], case.levels, arrays["offset"], arrays["mask"], to_nhwc(cotangent).reshape(of_y)
+    )
+    assert_close(mode, to_nhwc(y).reshape(of_y), expected_y, "y", 0, {})
+    assert gradients.keys() == operands.keys()
+    for name, gradient in zip(PER_IMAGE, expected, strict=True):
+        if name in gradients:
+            assert_close(mode, to_nhwc(gradients[name]).reshape(shapes[name]), gradient, name, 0, {})
