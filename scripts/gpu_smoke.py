@@ -106,7 +106,7 @@ def cases() -> dict[str, Any]:
         # Padded channels, more than a block of GradXInOrderSums owns, and more taps than a block locates at a time. The
         # attention has as many queries as a convolution has outputs.
         Case("dcnv3", c_in=270, c_out=270, size=(9, 8), stride=(2, 1), padding=((1, 2), (0, 1)), deform_groups=27),
-        Case("attention", c_in=64, c_out=64, size=(13, 17), kernel=(400, 3), padding=(194, 0), deform_groups=2),
+        Case("attention", c_in=64, c_out=64, size=(13, 17), kernel=(60, 3), padding=(24, 0), deform_groups=2),
         Case("wide_128", c_out=100, **many_pixels),
         Case("wide_256", c_out=200, **many_pixels),
     )

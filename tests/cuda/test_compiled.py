@@ -77,3 +77,13 @@ def test_hottest_loops_of_products(compiled):
             body = {name for loop in loops.values() for name in loop}
             assert {"LDSM", "LDS", "STS", "LDG"} <= body
             assert "STG" not in body
+
+
+@pytest.mark.parametrize("kernel", ["ForwardSumsKernel", "GradSumsKernel", "GradXInOrderSumsKernel"])
+def test_kernels_without_a_weight(compiled, kernel):
+    """Channels are loaded as vectors, and atomics are only where the order of the sums may change."""
+    found = {name: both for name, both in compiled.items() if kernel in name}
+    assert len(found) == 4
+    for name, (_, code) in found.items():
+        assert ("LDG.E.128" in code) == ("InOrder" not in kernel), name  # whose threads have a channel each
+        assert any(f" {atomic}" in code for atomic in cuda_counts.ATOMICS) == (kernel == "GradSumsKernel"), name
