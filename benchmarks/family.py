@@ -2,6 +2,7 @@
 
     python benchmarks/family.py [--cases detr_encoder,internimage_s1] [--quick] [--out FOLDER]
 
+On the CPU, or where JAX has one on a GPU, with torch there too.
 The competitors are the plain-XLA form, for DCNv3 also the same sums as a depthwise modulated deformable convolution,
 and, where torch is installed, the operators' published form for it, of grid_sample. Writes family.json and family.md.
 """
@@ -58,10 +59,11 @@ def torch_dcnv3(x: Any, offset: Any, mask: Any, groups: int) -> Any:
 
     n, height, width, channels = x.shape
     image = pad(x, (0, 0, 1, 1, 1, 1))
-    size = torch.tensor([width + 2, height + 2])
+    size = torch.tensor([width + 2, height + 2], device=x.device)
 
     def lattice(columns: int, rows: int) -> Any:
-        return torch.stack(torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="ij"), -1)
+        sides = (torch.arange(side, device=x.device) for side in (columns, rows))
+        return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
 
     start = lattice(width, height).transpose(0, 1).reshape(1, height * width, 1, 1, 2)
     places = (start + lattice(3, 3).reshape(9, 2) + 0.5) / size
@@ -180,10 +182,13 @@ CASES = {
     "detr_encoder": attention("Deformable DETR's encoder at 800 x 1344, 22323 queries"),
     "detr_decoder": attention("Deformable DETR's decoder at 800 x 1344, 300 queries", 300),
 }
+# Too large for a CPU to repeat often.
+LARGE = {"internimage_b64": dcnv3("InternImage-T, stage 1, of 64 images", 64, 56, 56, 64, 4)}
 
 
 # --- measuring ---
 
+DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
 BFLOAT16 = "bfloat16"  # jax_dcn's, and the column's name
 ORDER = (REFERENCE, "jax_dcn", BFLOAT16, "depthwise", "torch")  # the reference checks the others
 NORMALISED = 1e-4  # torch's tolerance: it rounds coordinates that are relative to the image's size
@@ -201,7 +206,7 @@ def torch_competitor(case: Case, task: Task) -> Run:
     import torch
 
     torch.set_num_threads(task.threads)
-    return torch_run(lambda operands: case.forms["torch"](**operands), task, task.arrays, "cpu")
+    return torch_run(lambda operands: case.forms["torch"](**operands), task, task.arrays, DEVICE)
 
 
 def with_pauses(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -212,7 +217,7 @@ def with_pauses(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def measure(name: str, backward: bool, rounds: int, left_out: set[str]) -> dict[str, Any]:
-    case = CASES[name]
+    case = (CASES | LARGE)[name]
     operands = Operands(case.operands())
     runs: dict[str, Run] = {}
     slow = set()
@@ -278,13 +283,14 @@ def table(measurements: list[dict[str, Any]]) -> str:
 def page(report: dict[str, Any]) -> str:
     cases = dict.fromkeys(m["case"] for m in report["measurements"])
     legend = (
-        f"Medians of milliseconds and of jax_dcn's ratios, below 1 where it is faster; all {cores()} threads, float32 "
-        "unless it says otherwise; both: with the gradients of all operands. gather: plain XLA operations; depthwise: "
+        f"Medians of milliseconds and of jax_dcn's ratios, below 1 where it is faster; on a CPU all {cores()} threads; "
+        "float32 unless it says otherwise; both: with the gradients of all operands. gather: plain XLA operations; depthwise: "
         "as a modulated deformable convolution with a weight of ones; torch: the published form, of grid_sample; ~: "
         f"measured once, as beyond {SLOW:.0f} seconds."
     )
     parts = [caption(report["environment"]), named(report["versions"])]
-    parts += ["\n".join(f"- {name}: {CASES[name].what}" for name in cases), legend, table(report["measurements"])]
+    described = "\n".join(f"- {name}: {(CASES | LARGE)[name].what}" for name in cases)
+    parts += [described, legend, table(report["measurements"])]
     if report["memory_mib"]:
         header = ["jax_dcn", *(f"{d}, {what}" for d in DIRECTIONS for what in ("temporary", "all"))]
         rows = [
@@ -301,9 +307,9 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=listed(CASES), default=list(CASES), metavar="NAME,...")
+    parser.add_argument("--cases", type=listed(CASES | LARGE), default=list(CASES), metavar="NAME,...")
     parser.add_argument("--quick", action="store_true", help="float32 in three rounds, not seven")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / DEVICE)
     arguments = parser.parse_args()
     rounds, left_out = (3, {BFLOAT16}) if arguments.quick else (7, set())
     if not installed("torch"):
@@ -316,7 +322,7 @@ def main() -> None:
         report["measurements"].append(measure(name, backward, rounds, left_out))
         print(f"{name}, {DIRECTIONS[backward]}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         write_files(arguments.out, {"family.json": report, "family.md": page(report)})
-    if Path("/proc/self/clear_refs").exists():  # Linux
+    if DEVICE == "cpu" and Path("/proc/self/clear_refs").exists():  # Linux
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             for name in arguments.cases:
                 entry = {d: pool.submit(memory, name, bool(i)).result() for i, d in enumerate(DIRECTIONS)}

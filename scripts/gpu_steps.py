@@ -319,6 +319,24 @@ def cases(machine: Machine) -> Result:
     return benchmark(machine, "cases", *options, seconds=machine.left() - 15)
 
 
+def family(machine: Machine) -> Result:
+    """DCNv3 and the attention beside plain XLA and torch's plain forms."""
+    log, folder = machine.out / "benchmark.txt", machine.scratch / "family"
+    command = [machine.python, TOP / "benchmarks" / "family.py", "--cases", "internimage_b64,detr_encoder"]
+    try:
+        status = machine.run([*command, "--quick", "--out", folder], log)
+    except Stopped:
+        status = None
+    page = folder / "family.md"
+    if not page.exists():
+        raise NotRun("the time was over") if status is None else Failed(tail(log, 3))
+    text = page.read_text()
+    details = text[text.index("Medians of") :]
+    if status:
+        raise Failed(tail(log, 3), details)
+    return Result("measured", details, complete=status == 0)
+
+
 def tests(machine: Machine) -> Result:
     """The tests on the kernels, but those about the host and the slow ones; as many as fit."""
     log = machine.out / "tests.txt"
@@ -478,10 +496,11 @@ class Step(NamedTuple):
 STEPS = (
     Step(install, 35, 20),
     Step(smoke, 45, 35),
-    Step(headline, 65, 50),
-    Step(cases, 75, 50),
-    Step(tests, 60, 35),
-    Step(memcheck, 30, 20, required=False),
-    Step(racecheck, 20, 0, required=False),
+    Step(headline, 60, 45),
+    Step(cases, 65, 40),
+    Step(family, 30, 20, required=False),
+    Step(tests, 55, 30),
+    Step(memcheck, 25, 20, required=False),
+    Step(racecheck, 15, 0, required=False),
     Step(ncu, 30, 30, required=False),
 )
