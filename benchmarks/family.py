@@ -284,9 +284,9 @@ def page(report: dict[str, Any]) -> str:
     cases = dict.fromkeys(m["case"] for m in report["measurements"])
     legend = (
         f"Medians of milliseconds and of jax_dcn's ratios, below 1 where it is faster; on a CPU all {cores()} threads; "
-        "float32 unless it says otherwise; both: with the gradients of all operands. gather: plain XLA operations; depthwise: "
-        "as a modulated deformable convolution with a weight of ones; torch: the published form, of grid_sample; ~: "
-        f"measured once, as beyond {SLOW:.0f} seconds."
+        "float32 unless it says otherwise; both: with the gradients of all operands. gather: plain XLA operations; "
+        "depthwise: as a modulated deformable convolution with a weight of ones; torch: the published form, of "
+        f"grid_sample; ~: measured once, as beyond {SLOW:.0f} seconds."
     )
     parts = [caption(report["environment"]), named(report["versions"])]
     described = "\n".join(f"- {name}: {(CASES | LARGE)[name].what}" for name in cases)
