@@ -21,7 +21,7 @@ template <class T>
 inline constexpr int kChannelVector = kVector<T> < 4 ? 4 : kVector<T>;
 
 struct Problem {
-  int height, width, h_out, w_out, kernel_h, kernel_w, taps;
+  int height, width, h_out, w_out, kernel_w, taps;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, deform_groups;
   int unit, padded_unit;            // channels of a run, without and with padding
@@ -31,16 +31,12 @@ struct Problem {
   // a deform group.
   int bundle = 1, bundle_in, bundle_unit;
   int64_t image_out, pixels;
-  // As in Geometry, of calls without a weight.
-  bool x_first;
-  Levels levels;
 
   Problem(const Geometry& g, int vector)
       : height(Int(g.height)),
         width(Int(g.width)),
         h_out(Int(g.h_out)),
         w_out(Int(g.w_out)),
-        kernel_h(Int(g.kernel_h)),
         kernel_w(Int(g.kernel_w)),
         taps(Int(g.taps())),
         stride_h(Int(g.stride_h)),
@@ -61,9 +57,7 @@ struct Problem {
         bundle_in(group_in),
         bundle_unit(padded_unit),
         image_out(g.image_out()),
-        pixels(g.pixels()),
-        x_first(g.x_first),
-        levels(g.levels) {}
+        pixels(g.pixels()) {}
 
   // The channels of a run of so many groups together that shares a deform group.
   int UnitOf(int count) const {

@@ -10,19 +10,12 @@ namespace jax_dcn {
 namespace cuda {
 namespace {
 
-// A weightless convolution as the kernels see it: runs of channels are the deform groups.
-template <class T>
-Problem SumsProblem(Geometry g) {
-  g.groups = 1;
-  return Problem(g, kChannelVector<T>);
-}
-
 template <class T>
 struct SumsPlan {
   using Real = Accumulation<T>;
 
   SumsPlan(const Geometry& g, const WantedGradients* wanted, void* workspace)
-      : problem(SumsProblem<T>(g)),
+      : problem(g, kChannelVector<T>),
         pads(problem.pads_in()),
         pairs(problem.pixels * problem.deform_groups),
         input_pixels(g.batch * g.image()) {
@@ -33,7 +26,7 @@ struct SumsPlan {
     size = carver.size();
   }
 
-  Problem problem;
+  SumsProblem problem;
   bool pads;
   int64_t pairs, input_pixels;
   T* padded_x;
@@ -52,7 +45,7 @@ struct SumsPlan {
 
 // Of a pair in the backward pass.
 template <class T>
-int PairThreads(const Problem& p) {
+int PairThreads(const SumsProblem& p) {
   int threads = 1;
   while (threads < kWarp && threads * kRun<T> < p.deform_in) threads *= 2;
   return threads;
@@ -61,7 +54,7 @@ int PairThreads(const Problem& p) {
 template <class T>
 Status RunForward(const Geometry& g, const ForwardArrays& arrays, void* workspace, Launcher& launcher) {
   const SumsPlan<T> plan(g, nullptr, workspace);
-  const Problem& p = plan.problem;
+  const SumsProblem& p = plan.problem;
   if (p.pixels == 0) return launcher.status();
   const Windows windows(p, std::max(1, kThreads / (p.deform_in / kVector<T>)), kSamples<Accumulation<T>>);
   const Samples<T> samples{plan.Padded(launcher, arrays.x, plan.input_pixels, plan.padded_x), arrays.offset,
@@ -77,7 +70,7 @@ Status RunBackward(const Geometry& g, const BackwardArrays& arrays, void* worksp
   using Real = Accumulation<T>;
   const WantedGradients wanted{bool(arrays.grad_x), bool(arrays.grad_offset), bool(arrays.grad_mask), false, false};
   const SumsPlan<T> plan(g, &wanted, workspace);
-  const Problem& p = plan.problem;
+  const SumsProblem& p = plan.problem;
   Real* grad_x = static_cast<Real*>(arrays.grad_x.data);
   Real* sums = wanted.x && plan.pads ? plan.padded_grad_x : grad_x;
   if (wanted.x) launcher.Zero("grad_x", sums, plan.input_pixels * p.c_in * static_cast<int64_t>(sizeof(Real)));

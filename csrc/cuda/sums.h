@@ -22,6 +22,24 @@ namespace cuda {
 template <class Real>
 inline constexpr int kSamples = sizeof(Real) == 8 ? 512 : 1152;
 
+// A call without a weight as the kernels see it, in which the runs of channels are the deform groups. What only these
+// kernels know of is not in Problem, as the others' registers are just enough.
+struct SumsProblem : Problem {
+  // As in Geometry.
+  int kernel_h;
+  bool x_first;
+  Levels levels;
+
+  SumsProblem(const Geometry& g, int vector)
+      : Problem(InOneGroup(g), vector), kernel_h(static_cast<int>(g.kernel_h)), x_first(g.x_first), levels(g.levels) {}
+
+ private:
+  static Geometry InOneGroup(Geometry g) {
+    g.groups = 1;
+    return g;
+  }
+};
+
 // An output pixel and a deform group.
 template <class Real>
 struct Pair {
@@ -34,7 +52,7 @@ struct Pair {
 struct Windows {
   int pairs, taps, count;
 
-  Windows(const Problem& p, int pairs, int most)
+  Windows(const SumsProblem& p, int pairs, int most)
       : pairs(pairs), count(static_cast<int>(CeilDiv(p.taps, std::max(1, most / pairs)))) {
     taps = static_cast<int>(CeilDiv(p.taps, count));
   }
@@ -50,7 +68,7 @@ class PairSamples {
   static constexpr int kBytes = kPairBytes + Located::kBytes;
   static constexpr int kBytesForGradients = kBytes + 3 * kSamples<Real> * int{sizeof(Real)};
 
-  JAX_DCN_DEVICE PairSamples(const Problem& p, const Windows& windows, const Samples<T>& from)
+  JAX_DCN_DEVICE PairSamples(const SumsProblem& p, const Windows& windows, const Samples<T>& from)
       : located(kPairBytes),
         p_(p),
         windows_(windows),
@@ -112,7 +130,7 @@ class PairSamples {
   Located located;
 
  private:
-  const Problem& p_;
+  const SumsProblem& p_;
   const Windows& windows_;
   const Samples<T>& from_;
   Shared<Pair<Real>> pairs_;
@@ -124,7 +142,7 @@ class PairSamples {
 template <class Real>
 class TapImages {
  public:
-  JAX_DCN_DEVICE explicit TapImages(const Problem& p) : p_(p) {}
+  JAX_DCN_DEVICE explicit TapImages(const SumsProblem& p) : p_(p) {}
 
   JAX_DCN_DEVICE void GoTo(int tap) {
     if (tap >= first_ && tap < end_) return;
@@ -141,13 +159,13 @@ class TapImages {
   Real scale_y = 1, scale_x = 1;
 
  private:
-  const Problem& p_;
+  const SumsProblem& p_;
   int first_ = 0, end_ = 0;
 };
 
 // Where corner `k` of a sample is, counted from corner 0.
 template <class Real>
-JAX_DCN_DEVICE int64_t CornerAt(const Problem& p, const TapImages<Real>& image, int k) {
+JAX_DCN_DEVICE int64_t CornerAt(const SumsProblem& p, const TapImages<Real>& image, int k) {
   return (k & 1) * p.c_in + (k >> 1) * image.row_stride;
 }
 
@@ -155,7 +173,7 @@ JAX_DCN_DEVICE int64_t CornerAt(const Problem& p, const TapImages<Real>& image, 
 
 template <class T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    ForwardSumsKernel(Problem p, Windows windows, Samples<T> samples, int64_t pairs, T* y) {
+    ForwardSumsKernel(SumsProblem p, Windows windows, Samples<T> samples, int64_t pairs, T* y) {
   using Real = Accumulation<T>;
   using Located = typename PairSamples<T>::Located;
   const int vectors = p.deform_in / kVector<T>;  // of a pair
@@ -228,7 +246,7 @@ JAX_DCN_DEVICE void LoadRun(const T* from, Accumulation<T> (&to)[kRun<T>]) {
 // grad_offset and grad_mask, if not wanted.
 template <class T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradSumsKernel(Problem p, Windows windows, Samples<T> samples, int64_t pairs, int threads, const T* grad_y,
+    GradSumsKernel(SumsProblem p, Windows windows, Samples<T> samples, int64_t pairs, int threads, const T* grad_y,
                    Accumulation<T>* grad_x, Array grad_offset, Array grad_mask) {
   using Real = Accumulation<T>;
   using Located = typename PairSamples<T>::Located;
@@ -307,7 +325,8 @@ JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
 struct OwnedChannels {
   int first, first_group, groups;
 
-  JAX_DCN_INLINE OwnedChannels(const Problem& p, int part) : first(part * kThreads), first_group(first / p.deform_in) {
+  JAX_DCN_INLINE OwnedChannels(const SumsProblem& p, int part)
+      : first(part * kThreads), first_group(first / p.deform_in) {
     const int end = first + kThreads < p.c_in ? first + kThreads : p.c_in;
     groups = (end - 1) / p.deform_in - first_group + 1;
   }
@@ -317,7 +336,8 @@ struct OwnedChannels {
 // channel, to which it adds sample after sample. Pairs are of the pixels of the image and these channels' groups.
 template <class T>
 JAX_DCN_GLOBAL void JAX_DCN_LAUNCH_BOUNDS(kThreads, 2)
-    GradXInOrderSumsKernel(Problem p, Windows windows, Samples<T> samples, const T* grad_y, Accumulation<T>* grad_x) {
+    GradXInOrderSumsKernel(SumsProblem p, Windows windows, Samples<T> samples, const T* grad_y,
+                           Accumulation<T>* grad_x) {
   using Real = Accumulation<T>;
   using Located = typename PairSamples<T>::Located;
   const int parts = static_cast<int>(CeilDiv(p.c_in, kThreads));
