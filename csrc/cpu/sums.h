@@ -1,10 +1,10 @@
 // The kernels without a weight, in NHWC: each channel is the sum of its own samples over the taps.
 //
-// Of a tile of output pixels a few at a time are located at all taps of a deform group, which then are visited vector of
-// channels by vector: forward they are summed in registers. Backward has two parts, the gradients of offset and mask, for
-// which threads can share the tiles, and that of x, for which they can share the images and the channels. With enough
-// images and deform groups for all threads both are done in one go, and located once. No sum depends on how the work is
-// shared.
+// Of a tile of output pixels a few at a time are located at all taps of a deform group, which then are visited vector
+// of channels by vector: forward they are summed in registers. Backward has two parts, the gradients of offset and
+// mask, for which threads can share the tiles, and that of x, for which they can share the images and the channels.
+// With enough images and deform groups for all threads both are done in one go, and located once. No sum depends on how
+// the work is shared.
 
 #pragma once
 

@@ -18,7 +18,7 @@
 namespace jax_dcn {
 namespace cuda {
 
-// Samples that a block locates at a time: 128 pairs at nine taps, in half of the 64 KB that Turing has.
+// Samples that a block locates at a time: 128 pairs at nine taps, which with what else it keeps is less than 48 KB.
 template <class Real>
 inline constexpr int kSamples = sizeof(Real) == 8 ? 512 : 1152;
 
@@ -48,13 +48,16 @@ struct Pair {
   Real y, x;      // where a tap at (0, 0) samples with no offset
 };
 
-// How a block goes through the taps of its pairs: so many at a time.
+// How a block goes through the taps of its pairs: so many at a time. A pair's samples have an odd number of places, as
+// the threads of a warp read those of several pairs at one tap, which then are in different banks.
 struct Windows {
-  int pairs, taps, count;
+  int pairs, taps, pitch, count;
 
-  Windows(const SumsProblem& p, int pairs, int most)
-      : pairs(pairs), count(static_cast<int>(CeilDiv(p.taps, std::max(1, most / pairs)))) {
+  Windows(const SumsProblem& p, int pairs, int samples) : pairs(pairs) {
+    const int most = (samples / pairs - 1) | 1;
+    count = static_cast<int>(CeilDiv(p.taps, most));
     taps = static_cast<int>(CeilDiv(p.taps, count));
+    pitch = taps | 1;
   }
 };
 
@@ -100,6 +103,7 @@ class PairSamples {
       const Pair<Real> pair = pairs_[i / count_];
       if (pair.index < 0) continue;
       const int tap = first_ + i % count_;
+      const int to = At(i / count_, tap);
       const Place<Real> place = PlaceOf<Real>(p_, tap);
       const int64_t at = pair.index * p_.taps + tap;
       const Real dy = LoadElement<Real>(from_.offset, 2 * at + (p_.x_first ? 1 : 0));
@@ -108,11 +112,11 @@ class PairSamples {
       // The sum of the first two is a whole number, so that the coordinate is rounded once.
       const Sample<Real> s = cuda::Locate((pair.y + place.y) + dy * place.scale_y,
                                           (pair.x + place.x) + dx * place.scale_x, place.height, place.width);
-      located.Set(i, p_, pair.image + place.first, s, mask);
+      located.Set(to, p_, pair.image + place.first, s, mask);
       if constexpr (kForGradients) {
-        real_[i] = s.ly;
-        real_[kSamples<Real> + i] = s.lx;
-        real_[2 * kSamples<Real> + i] = mask;
+        real_[to] = s.ly;
+        real_[kSamples<Real> + to] = s.lx;
+        real_[2 * kSamples<Real> + to] = mask;
       }
     }
     SyncThreads();
@@ -122,7 +126,7 @@ class PairSamples {
   JAX_DCN_DEVICE int first_tap() const { return first_; }
   JAX_DCN_DEVICE int end_tap() const { return first_ + count_; }
   // Where a pair's sample is.
-  JAX_DCN_DEVICE int At(int pair, int tap) const { return pair * count_ + tap - first_; }
+  JAX_DCN_DEVICE int At(int pair, int tap) const { return pair * windows_.pitch + tap - first_; }
   JAX_DCN_DEVICE Real ly(int at) const { return real_[at]; }
   JAX_DCN_DEVICE Real lx(int at) const { return real_[kSamples<Real> + at]; }
   JAX_DCN_DEVICE Real mask(int at) const { return real_[2 * kSamples<Real> + at]; }
