@@ -454,7 +454,9 @@ JAX_DCN_SIMD void AddLanes(V* v) {
 // to[i] = the sum of v[i]'s lanes.
 template <class V, int kCount, class Real>
 JAX_DCN_SIMD void StoreSums(V (&v)[kCount], Real* to) {
-  if constexpr (kLanesOf<V, Real> == kCount) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    for (int i = 0; i < kCount; ++i) to[i] = v[i];
+  } else if constexpr (kLanesOf<V, Real> == kCount) {
     AddLanes<V, kCount>(v);
     Store(to, v[0]);
   } else {

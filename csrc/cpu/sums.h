@@ -15,11 +15,22 @@
 namespace jax_dcn {
 namespace JAX_DCN_TARGET {
 
+// Calls function(what so many channels are visited in): vectors, half a vector if that is all, as 8 channels in a
+// vector of 16 lanes would cross cache lines for nothing, or one number.
+template <class Real, class Function>
+JAX_DCN_SIMD void WithVector(int64_t channels, const Function& function) {
+  if (channels == 1) return function(Real());
+  if constexpr (kLanes<Real> >= 8) {
+    if (channels == kLanes<Real> / 2) return function(Half<Real>());
+  }
+  function(Vector<Real>());
+}
+
 // Calls function(channel, count, load, store) for blocks of as many whole vectors as `count`, a constant, says, at most
 // kMost, and for what is left, which load and store take in part.
-template <class V, int kMost, class Function>
+template <class V, class Real, int kMost, class Function>
 JAX_DCN_SIMD void ForBlocks(int64_t begin, int64_t end, const Function& function) {
-  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+  constexpr int lanes = kLanesOf<V, Real>;
   for (; end - begin >= kMost * lanes; begin += kMost * lanes) {
     function(
         begin, std::integral_constant<int, kMost>(), [](const auto* from) { return LoadAs<V>(from); },
@@ -27,8 +38,8 @@ JAX_DCN_SIMD void ForBlocks(int64_t begin, int64_t end, const Function& function
   }
   if (begin == end) return;
   if constexpr (kMost > 1) {
-    ForBlocks<V, kMost / 2>(begin, end, function);
-  } else {
+    ForBlocks<V, Real, kMost / 2>(begin, end, function);
+  } else if constexpr (lanes > 1) {
     const int rest = static_cast<int>(end - begin);
     function(
         begin, std::integral_constant<int, 1>(), [rest](const auto* from) { return LoadPartAs<V>(from, rest); },
@@ -140,11 +151,8 @@ class ForwardSums {
       for (int first = 0; first < space.tile->pixels; first += Taps::kPixels) {
         const int pixels = taps_.template Locate<0>(first, d * g_.deform_in(), x_, static_cast<Real*>(nullptr), space);
         const int64_t* outputs = space.tile->output + first;
-        if (kLanes<Real> >= 8 && g_.deform_in() <= kLanes<Real> / 2) {
-          SumPixels<Half<Real>>(space.taps, outputs, pixels, d * g_.deform_in());
-        } else {
-          SumPixels<Vector<Real>>(space.taps, outputs, pixels, d * g_.deform_in());
-        }
+        WithVector<Real>(g_.deform_in(),
+                         [&](auto v) { SumPixels<decltype(v)>(space.taps, outputs, pixels, d * g_.deform_in()); });
       }
     }
   }
@@ -152,7 +160,7 @@ class ForwardSums {
   template <class V>
   void SumPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel) const {
     constexpr int lanes = kLanesOf<V, Real>;
-    ForBlocks<V, 4>(0, g_.deform_in(), [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
+    ForBlocks<V, Real, 4>(0, g_.deform_in(), [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
       constexpr int kVectors = count;
       for (int p = 0; p < pixels; ++p) {
         // Two sums each, as one addition has to wait for the one before.
@@ -303,13 +311,15 @@ class BackwardSums {
   }
 
   void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
-    constexpr int lanes = kLanes<Real>;
-    if constexpr (lanes >= 8) {
-      if (g_.deform_in() == lanes / 2) return SumCorners<Half<Real>, 1>(outputs, pixels, channel, space);
-    }
-    if (g_.deform_in() == lanes) return SumCorners<Vector<Real>, 1>(outputs, pixels, channel, space);
-    if (g_.deform_in() == 2 * lanes) return SumCorners<Vector<Real>, 2>(outputs, pixels, channel, space);
-    SumCorners<Vector<Real>, 0>(outputs, pixels, channel, space);
+    WithVector<Real>(g_.deform_in(), [&](auto v) {
+      using V = decltype(v);
+      constexpr int lanes = kLanesOf<V, Real>;
+      if (g_.deform_in() == lanes) return SumCorners<V, 1>(outputs, pixels, channel, space);
+      if constexpr (lanes == kLanes<Real>) {
+        if (g_.deform_in() == 2 * lanes) return SumCorners<V, 2>(outputs, pixels, channel, space);
+        SumCorners<V, 0>(outputs, pixels, channel, space);
+      }
+    });
   }
 
   // The channels are kVectors of V, or if that is 0 any number. As many pixels are visited together as make a vector of
@@ -377,18 +387,14 @@ class BackwardSums {
 
   void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
                  int64_t count) const {
-    constexpr int lanes = kLanes<Real>;
-    if constexpr (lanes >= 8) {
-      if (count <= lanes / 2) return AddPixels<Half<Real>>(taps, outputs, pixels, channel, count);
-    }
-    AddPixels<Vector<Real>>(taps, outputs, pixels, channel, count);
+    WithVector<Real>(count, [&](auto v) { AddPixels<decltype(v)>(taps, outputs, pixels, channel, count); });
   }
 
   template <class V>
   void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
                  int64_t channels) const {
     constexpr int lanes = kLanesOf<V, Real>;
-    ForBlocks<V, 2>(0, channels, [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
+    ForBlocks<V, Real, 2>(0, channels, [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
       constexpr int kVectors = count;
       const int64_t all_taps = g_.taps();
       for (int p = 0; p < pixels; ++p) {
