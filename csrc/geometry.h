@@ -6,7 +6,7 @@
 
 namespace jax_dcn {
 
-// Images that lie one after another in the pixels of x, so that this is an image of a single row. None: x is one image.
+// Images that lie one after another in the pixels of x, which is then a single row. A count of 0: x is one image.
 inline constexpr int kMaxLevels = 8;
 struct Levels {
   int count;

@@ -94,6 +94,13 @@ JAX_DCN_INLINE Sample<Real> Locate(Real y, Real x, int32_t height, int32_t width
   return s;
 }
 
+// The sample of a tap of an output pixel, which samples at (y, x) with tap (0, 0) and no offset.
+template <class Real>
+JAX_DCN_INLINE Sample<Real> Locate(const Place<Real>& place, Real y, Real x, Real dy, Real dx) {
+  // The sum of the first two is exact, a whole number, or -1/2 in levels.
+  return Locate((y + place.y) + dy * place.scale_y, (x + place.x) + dx * place.scale_x, place.height, place.width);
+}
+
 // The interpolation of the corner values.
 template <class Real>
 JAX_DCN_INLINE Real Interpolate(const Real value[kCorners], Real ly, Real lx) {

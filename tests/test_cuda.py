@@ -81,12 +81,16 @@ def test_forward(data_format):
     assert y == "2x5x6x4xf32"
     assert re.fullmatch(r"\d+x16xui8", workspace)
     assert attributes == {
+        "kernel": "dense<3> : tensor<2xi64>",
         "stride": "dense<1> : tensor<2xi64>",
-        "padding": "dense<1> : tensor<4xi64>",
+        "padding": "dense<1> : tensor<2xi64>",
         "dilation": "dense<1> : tensor<2xi64>",
+        "levels": "dense<> : tensor<0xi64>",
         "groups": "2 : i64",
         "deform_groups": "2 : i64",
         "nchw": "false",
+        "x_first": "false",
+        "has_weight": "true",
         "has_mask": "true",
         "highest_precision": "false",
         "deterministic": "false",
@@ -344,33 +348,58 @@ except jax.errors.JaxRuntimeError as error:
     assert "Failed to get platform stream" in error
 
 
+WEIGHTLESS = {
+    **dict(x=(1, 1, 8, 8), offset=(1, 1, 5, 18), weight=(), has_weight=False, x_first=True, groups=8),
+    **dict(stride=(0, 0), padding=(0, 0), dilation=(0, 0), levels=(2, 2, 1, 3, 1, 1)),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"x": (1, 8, 8, 6)}, "weight must have C_in / groups input channels"),
         ({"groups": 3}, "channels must be multiples of the groups"),
-        ({"stride": (0, 1)}, "sizes, strides, dilations and groups must be positive"),
+        ({"kernel": (0, 3)}, "sizes and groups must be positive"),
+        ({"stride": (-1, 1)}, "strides, paddings and dilations must not be negative"),
         ({"dtype": "int32"}, "unsupported type int32"),
-        ({"padding": (0, 2**31, 0, 0)}, "an image and its padding must be smaller than 2\\^31 pixels"),
-        ({"stride": (1, 1, 1)}, "stride and dilation must be pairs"),
-        ({"padding": (1, 1)}, "padding must be four numbers; was the program exported by another version"),
-        ({"x": (1, 1, 1, 8), "padding": (0, 1, 0, 0)}, "the output has no pixels"),
-        ({"x": (-1, 8, 8, 8)}, "the batch must not be negative"),
+        ({"padding": (2**31, 0)}, "an image and the grid on it must be smaller than 2\\^31 pixels"),
+        ({"offset": (1, 2**16, 8, 18), "stride": (2**16, 1)}, "an image and the grid on it must be smaller"),
+        ({"stride": (1, 1, 1)}, "kernel, stride, padding and dilation must be pairs"),
+        ({"offset": (1, 0, 8, 18)}, "the output has no pixels"),
+        ({"x": (-1, 8, 8, 8)}, "the batch, the output, strides"),
+        ({"offset": (8, 8, 18)}, "x and offset must have rank 4"),
+        ({"weight": ()}, "weight must have rank 4"),
         ({"x": (1, 8, 8, 2**32), "weight": (3, 3, 2**32, 4)}, "taps times channels must be less than 2\\^27"),
         ({"weight": (3, 3, 8, 2**40)}, "taps times channels must be less than 2\\^27"),
-        ({"x": (1, None, None, 8), "weight": (2**14, 2**14, 8, 4)}, "taps times channels must be less than 2\\^27"),
+        ({"x": (1, None, None, 8), "kernel": (2**14, 2**14)}, "taps times channels must be less than 2\\^27"),
+        ({"x_first": True}, "x_first and levels are for calls without a weight"),
+        ({"levels": (2, 4)}, "x_first and levels are for calls without a weight"),
+        ({**WEIGHTLESS, "groups": 1}, "without a weight each NHWC channel is a group"),
+        ({**WEIGHTLESS, "nchw": True}, "without a weight each NHWC channel is a group"),
+        ({**WEIGHTLESS, "levels": (2, 4, 1)}, "8 levels, each a pair"),
+        ({**WEIGHTLESS, "levels": (1, 1) * 9}, "8 levels, each a pair"),
+        ({**WEIGHTLESS, "levels": (2, 4, 0, 3)}, "levels must be in x"),
+        ({**WEIGHTLESS, "levels": (2, 2**40)}, "levels must be in x"),
+        ({**WEIGHTLESS, "levels": (2, 4, 2, 2)}, "levels must fill x"),
+        ({**WEIGHTLESS, "levels": (1, 4, 1, 1, 1, 1, 1, 2)}, "levels must fill x and have taps"),
+        ({**WEIGHTLESS, "levels": (1, 8), "stride": (1, 1)}, "levels have no grid"),
     ],
     ids=str,
 )
 def test_workspace_of_an_impossible_geometry(changes, message):
-    arguments = dict(x=(1, 8, 8, 8), weight=(3, 3, 8, 4), dtype="float32", stride=(1, 1), padding=(1, 1, 1, 1))
-    arguments |= dict(dilation=(1, 1), groups=1, deform_groups=1, nchw=False, has_mask=False)
+    arguments = dict(x=(1, 8, 8, 8), offset=(1, 8, 8, 18), weight=(3, 3, 8, 4), dtype="float32", kernel=(3, 3))
+    arguments |= dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), levels=(), groups=1, deform_groups=1)
+    arguments |= dict(nchw=False, x_first=False, has_weight=True, has_mask=False)
     arguments |= dict(highest_precision=False, deterministic=False)
 
     def size(**arguments):
-        arrays = {name: np.array(arguments.pop(name)) for name in ("stride", "padding", "dilation")}
+        arrays = {
+            name: np.array(arguments.pop(name), np.int64)
+            for name in ("kernel", "stride", "padding", "dilation", "levels")
+        }
         return native._native_cuda.forward_workspace(**arguments, **arrays)
 
     size(**arguments)
+    size(**{**arguments, **WEIGHTLESS})
     with pytest.raises(ValueError, match=message):
         size(**{**arguments, **changes})

@@ -24,38 +24,34 @@ bool RunWithProducts(const Geometry& g, const Arrays& arrays, int64_t depth, Wor
   return Kernel<GroupedProducts<T, Accumulation<T>>>(g, arrays).Run(workers);
 }
 
-template <template <class> class Kernel, class Arrays>
-bool Run(const Geometry& g, const Arrays& arrays, int64_t depth, Workers& workers) {
-  switch (arrays.x.dtype) {
-    case DType::kFloat32: return RunWithProducts<Kernel, float>(g, arrays, depth, workers);
-    case DType::kFloat64: return RunWithProducts<Kernel, double>(g, arrays, depth, workers);
-    case DType::kBFloat16: return RunWithProducts<Kernel, BFloat16>(g, arrays, depth, workers);
-    case DType::kFloat16: return RunWithProducts<Kernel, Float16>(g, arrays, depth, workers);
+// Calls function(an element of the type).
+template <class Function>
+bool WithElement(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::kFloat32: return function(float{});
+    case DType::kFloat64: return function(double{});
+    case DType::kBFloat16: return function(BFloat16{});
+    case DType::kFloat16: return function(Float16{});
   }
   return false;
 }
 
-template <template <class> class Kernel, class Arrays>
-bool RunSums(const Geometry& g, const Arrays& arrays, Workers& workers) {
-  switch (arrays.x.dtype) {
-    case DType::kFloat32: return Kernel<float>(g, arrays).Run(workers);
-    case DType::kFloat64: return Kernel<double>(g, arrays).Run(workers);
-    case DType::kBFloat16: return Kernel<BFloat16>(g, arrays).Run(workers);
-    case DType::kFloat16: return Kernel<Float16>(g, arrays).Run(workers);
-  }
-  return false;
+template <template <class> class Kernel, template <class> class Sums, class Arrays>
+bool Run(const Geometry& g, const Arrays& arrays, int64_t depth, Workers& workers) {
+  return WithElement(arrays.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return g.weighted ? RunWithProducts<Kernel, T>(g, arrays, depth, workers) : Sums<T>(g, arrays).Run(workers);
+  });
 }
 
 // The depth is made of the channels of each tap.
 bool RunForward(const Geometry& g, const ForwardArrays& arrays, Workers& workers) {
-  if (!g.weighted) return RunSums<ForwardSums>(g, arrays, workers);
-  return Run<Forward>(g, arrays, g.group_in(), workers);
+  return Run<Forward, ForwardSums>(g, arrays, g.group_in(), workers);
 }
 
 // That of grad_samples is the output channels; that of grad_weight is the pixels of a tile, made up to whole pairs.
 bool RunBackward(const Geometry& g, const BackwardArrays& arrays, Workers& workers) {
-  if (!g.weighted) return RunSums<BackwardSums>(g, arrays, workers);
-  return Run<Backward>(g, arrays, g.group_out(), workers);
+  return Run<Backward, BackwardSums>(g, arrays, g.group_out(), workers);
 }
 
 }  // namespace

@@ -131,15 +131,15 @@ class ForwardSums {
       : g_(g),
         x_(static_cast<const T*>(arrays.x.data)),
         y_(static_cast<T*>(arrays.y.data)),
-        tiles_(g, {0, g.batch * g.h_out}, kTileRows),
         taps_(g, arrays.offset, arrays.mask) {}
 
   bool Run(Workers& workers) const {
     if (g_.pixels() == 0) return true;
+    const TileGrid tiles(g_, {0, g_.batch * g_.h_out}, kTileRows);
     const WorkSpace<typename Taps::Scratch, Taps> scratch(taps_, workers.count());
     if (!scratch) return false;
     for (int i = 0; i < workers.count(); ++i) taps_.Start(scratch[i]);
-    ParallelFor(workers, tiles_.count(), [&](int worker, int64_t i) { SumTile(tiles_[i], scratch[worker]); });
+    ParallelFor(workers, tiles.count(), [&](int worker, int64_t i) { SumTile(tiles[i], scratch[worker]); });
     return true;
   }
 
@@ -184,7 +184,6 @@ class ForwardSums {
   const Geometry& g_;
   const T* x_;
   T* y_;
-  const TileGrid tiles_;
   const Taps taps_;
 };
 
@@ -202,10 +201,13 @@ class BackwardSums {
         x_(static_cast<const T*>(arrays.x.data)),
         grad_y_(static_cast<const T*>(arrays.grad_y.data)),
         grad_x_(static_cast<Real*>(arrays.grad_x.data)),
-        tiles_(g, {0, g.batch * g.h_out}, kTileRows),
         taps_(g, arrays.offset, arrays.mask) {}
 
   bool Run(Workers& workers) const {
+    if (g_.pixels() == 0) {
+      if (grad_x_ != nullptr) Zero(grad_x_, g_.batch * g_.image() * g_.c_in);
+      return true;
+    }
     const WorkSpace<Scratch, BackwardSums> scratch(*this, workers.count());
     if (!scratch) return false;
     for (int i = 0; i < workers.count(); ++i) taps_.Start(scratch[i].taps);
@@ -214,14 +216,18 @@ class BackwardSums {
     const bool together = want_displacements && grad_x_ != nullptr && parts.whole_groups;
     // The long tasks first.
     const int64_t of_images = grad_x_ == nullptr ? 0 : g_.batch * parts.count;
-    const int64_t of_tiles = want_displacements && !together ? tiles_.count() : 0;
+    const int64_t image_tiles = Tiles(0).count();
+    const int64_t of_tiles = want_displacements && !together ? g_.batch * image_tiles : 0;
     const auto compute = [&](int worker, int64_t i) {
-      if (i >= of_images) return Visit<kSums>(tiles_[i - of_images], {0, g_.c_in}, scratch[worker]);
+      if (i >= of_images) {
+        const int64_t tile = i - of_images;
+        return Visit<kSums>(Tiles(tile / image_tiles)[tile % image_tiles], {0, g_.c_in}, scratch[worker]);
+      }
       const int64_t image = i / parts.count;
       const Range channels = parts[i % parts.count];
       Real* pixel = grad_x_ + image * g_.image() * g_.c_in + channels.begin;
       for (int64_t j = 0; j < g_.image(); ++j, pixel += g_.c_in) Zero(pixel, channels.size());
-      const TileGrid tiles(g_, {image * g_.h_out, (image + 1) * g_.h_out}, kTileRows);
+      const TileGrid tiles = Tiles(image);
       for (int64_t tile = 0; tile < tiles.count(); ++tile) {
         if (together) {
           Visit<kSums | kGradX>(tiles[tile], channels, scratch[worker]);
@@ -273,6 +279,9 @@ class BackwardSums {
    private:
     int64_t c_in_, unit_;
   };
+
+  // Those of an image, whatever the threads share, so that a pixel has the same place in its tile.
+  TileGrid Tiles(int64_t image) const { return TileGrid(g_, {image * g_.h_out, (image + 1) * g_.h_out}, kTileRows); }
 
   // The samples of a tile, of these channels, which are whole deform groups unless only grad_x is wanted.
   template <int kWant>
@@ -344,19 +353,27 @@ class BackwardSums {
         V sum[kTogether * kCorners];
         JAX_DCN_UNROLL
         for (int i = 0; i < kTogether; ++i) {
+          const T* corner[kCorners];
           JAX_DCN_UNROLL
           for (int k = 0; k < kCorners; ++k) {
-            const T* corner = reinterpret_cast<const T*>(space.taps.taps[t].corner[k][at[i]]);
-            V& own = sum[i * kCorners + k];
-            if constexpr (kVectors > 0) {
-              own = grad[i][0] * LoadAs<V>(corner);
+            corner[k] = reinterpret_cast<const T*>(space.taps.taps[t].corner[k][at[i]]);
+          }
+          if constexpr (kVectors > 0) {
+            JAX_DCN_UNROLL
+            for (int k = 0; k < kCorners; ++k) {
+              V& own = sum[i * kCorners + k];
+              own = grad[i][0] * LoadAs<V>(corner[k]);
               JAX_DCN_UNROLL
-              for (int v = 1; v < kVectors; ++v) own += grad[i][v] * LoadAs<V>(corner + v * lanes);
-            } else {
-              own = V{};
-              ForVectors<V>(channels, [&](int64_t c, auto load, auto)
-                                          JAX_DCN_ALWAYS_INLINE { own += load(grad_y[i] + c) * load(corner + c); });
+              for (int v = 1; v < kVectors; ++v) own += grad[i][v] * LoadAs<V>(corner[k] + v * lanes);
             }
+          } else {
+            JAX_DCN_UNROLL
+            for (int k = 0; k < kCorners; ++k) sum[i * kCorners + k] = V{};
+            ForVectors<V>(channels, [&](int64_t c, auto load, auto) JAX_DCN_ALWAYS_INLINE {
+              const V own = load(grad_y[i] + c);
+              JAX_DCN_UNROLL
+              for (int k = 0; k < kCorners; ++k) sum[i * kCorners + k] += own * load(corner[k] + c);
+            });
           }
         }
         StoreSums(sum, &space.sums[t][first][0]);
@@ -421,7 +438,6 @@ class BackwardSums {
   const T* x_;
   const T* grad_y_;
   Real* grad_x_;
-  const TileGrid tiles_;
   const Taps taps_;
 };
 

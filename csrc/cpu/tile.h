@@ -29,8 +29,8 @@ class TileGrid {
       : first_row_(rows.begin),
         rows_(rows.size()),
         columns_(g.w_out),
-        across_(Max<int64_t>(1, CeilDiv(columns_, kTileWidth))),
-        down_(CeilDiv(rows_, Max<int64_t>(1, pixels / Max<int64_t>(1, CeilDiv(columns_, across_))))) {}
+        across_(CeilDiv(columns_, kTileWidth)),
+        down_(CeilDiv(rows_, Max<int64_t>(1, pixels / CeilDiv(columns_, across_)))) {}
 
   int64_t count() const { return across_ * down_; }
   int64_t max_pixels() const { return CeilDiv(rows_, down_) * CeilDiv(columns_, across_); }

@@ -60,9 +60,7 @@ JAX_DCN_SIMD void FillTap(const Place<Real>& place, const Tile<Real>& tile, int 
   dy += first, dx += first, mask += first;
   JAX_DCN_INDEPENDENT
   for (int p = 0; p < pixels; ++p) {
-    // The sum of the first two is a whole number, so that the coordinate is rounded once.
-    const Sample<Real> s = Locate((tile_y[p] + place.y) + dy[p] * place.scale_y,
-                                  (tile_x[p] + place.x) + dx[p] * place.scale_x, place.height, place.width);
+    const Sample<Real> s = Locate(place, tile_y[p], tile_x[p], dy[p], dx[p]);
     const Real factor = s.valid ? mask[p] : Real(0);
     const int64_t pixel = image[p] + (place.first + s.index);
     const int64_t corner = x.first + pixel * x.stride;

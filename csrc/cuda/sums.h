@@ -109,9 +109,7 @@ class PairSamples {
       const Real dy = LoadElement<Real>(from_.offset, 2 * at + (p_.x_first ? 1 : 0));
       const Real dx = LoadElement<Real>(from_.offset, 2 * at + (p_.x_first ? 0 : 1));
       const Real mask = from_.mask.data != nullptr ? LoadElement<Real>(from_.mask, at) : Real(1);
-      // The sum of the first two is a whole number, so that the coordinate is rounded once.
-      const Sample<Real> s = cuda::Locate((pair.y + place.y) + dy * place.scale_y,
-                                          (pair.x + place.x) + dx * place.scale_x, place.height, place.width);
+      const Sample<Real> s = cuda::Locate(place, pair.y, pair.x, dy, dx);
       located.Set(to, p_, pair.image + place.first, s, mask);
       if constexpr (kForGradients) {
         real_[to] = s.ly;

@@ -109,13 +109,15 @@ class Checker {
          {g.batch, g.h_out, g.w_out, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w}) {
       if (size < 0) return Fail("the batch, the output, strides, paddings and dilations must not be negative"), g;
     }
+    if (g.weighted && (g.h_out == 0 || g.w_out == 0)) return Fail("the output has no pixels"), g;
     if (g.c_in % g.groups != 0 || g.c_out % g.groups != 0 || g.c_in % g.deform_groups != 0) {
       return Fail("channels must be multiples of the groups"), g;
     }
     if (g.weighted && weight[a.nchw ? 1 : 2] != g.group_in()) {
       return Fail("weight must have C_in / groups input channels"), g;
     }
-    if (g.weighted && (g.x_first || a.levels.size() != 0)) return Fail("with a weight taps go along the rows"), g;
+    if (g.weighted && (g.x_first || a.levels.size() != 0))
+      return Fail("x_first and levels are for calls without a weight"), g;
     if (!g.weighted && (a.nchw || g.groups != g.c_in)) return Fail("without a weight each NHWC channel is a group"), g;
     // Pixels are counted, and regular coordinates computed, in 32 bits.
     if (!FitsImage(g)) return Fail("an image and the grid on it must be smaller than 2^31 pixels"), g;
@@ -235,6 +237,9 @@ class Checker {
     g.levels.count = static_cast<int>(sizes.size() / 2);
     if (sizes.size() % 2 != 0 || g.levels.count > kMaxLevels) return Fail("there may be 8 levels, each a pair");
     if (g.levels.count == 0) return;
+    for (const int64_t size : {g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w}) {
+      if (size != 0) return Fail("levels have no grid");
+    }
     int64_t first = 0;
     for (int i = 0; i < g.levels.count; ++i) {
       const int64_t height = sizes[2 * i], width = sizes[2 * i + 1];

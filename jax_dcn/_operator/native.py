@@ -125,6 +125,7 @@ def cuda_workspace(target: str, operands: dict[str, jax.Array], attributes: dict
     _, h_out, w_out, _ = operands["offset"].shape
     # Rows of 16 bytes, since JAX counts what is symbolic in 32 bits, unless it has x64.
     constant, per_input_pixel, per_output_pixel = (-(-size // 16) for size in sizes)
+    # Never an empty result: without a weight the kernels may need none.
     rows = max(constant, 1) + per_input_pixel * (n * height * width) + per_output_pixel * (n * h_out * w_out)
     return jax.ShapeDtypeStruct((rows, 16), np.uint8)
 

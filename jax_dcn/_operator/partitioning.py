@@ -2,9 +2,9 @@
 
 Devices share the images, the output channels, or both. With several weight groups they share the units that
 `Geometry.units` counts, input channels included. Without a grid they share the outputs of a row too, which are the
-queries of an attention. Anything else is replicated: a sample reads the whole image and all
-its channels of a unit. So are images, channels and units that do not divide among the devices, as XLA would pad the
-last shard, and what it pads with must not enter a sum.
+queries of an attention. Anything else is replicated: a sample reads the whole image and all its channels of a unit. So
+are images, channels, units and queries that do not divide among the devices, as XLA would pad the last shard, and what
+it pads with must not enter a sum.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 `deform_conv2d_p` computes y, `deform_conv2d_tangent_p` how y moves with its operands, and `deform_conv2d_backward_p`
 the gradients that its parameter `wanted` names. The last two are linear, in the tangents and in grad_y, and each
 other's transpose; the first is linear in x, or in the weight. Some operands are optional, so the parameter `names`
-says which operand is which. Without a weight, every channel is the sum of its own samples over the taps, as if by a
-depthwise weight of ones. The other parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
+says which operand is which. Without a weight, every channel is the sum of its own samples over the taps. The other
+parameters are `geometry`, `precision` and `implementation`, "native" or "xla".
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def _attention(
     else:
         x = value.reshape(n, *size, channels)
         dtype = accumulation_dtype(value.dtype)
-        pixels_of = jnp.stack([jnp.asarray(side, dtype) for side in size[::-1]])[None, None, None, None, None]
-        locations = locations.astype(dtype) * pixels_of - 0.5
+        scale = jnp.stack([jnp.asarray(side, dtype) for side in size[::-1]])[None, None, None, None, None]
+        locations = locations.astype(dtype) * scale - 0.5
     geometry = Geometry(
         (points, count),
         stride=(0, 0),
