@@ -375,7 +375,7 @@ WEIGHTLESS = {
         ({"x_first": True}, "x_first and levels are for calls without a weight"),
         ({"levels": (2, 4)}, "x_first and levels are for calls without a weight"),
         ({**WEIGHTLESS, "groups": 1}, "without a weight each NHWC channel is a group"),
-        ({**WEIGHTLESS, "nchw": True}, "without a weight each NHWC channel is a group"),
+        ({**WEIGHTLESS, "nchw": True, "groups": 1}, "without a weight each NHWC channel is a group"),
         ({**WEIGHTLESS, "levels": (2, 4, 1)}, "8 levels, each a pair"),
         ({**WEIGHTLESS, "levels": (1, 1) * 9}, "8 levels, each a pair"),
         ({**WEIGHTLESS, "levels": (2, 4, 0, 3)}, "levels must be in x"),
