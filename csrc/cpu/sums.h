@@ -381,8 +381,10 @@ class BackwardSums {
     }
   }
 
-  // From the sums to the gradients of a tap's offset, in the order in which it comes, and mask.
-  void Finish(int64_t t, int first, int pixels, const Scratch& space) const {
+  // From the sums to the gradients of a tap's offset, in the order in which it comes, and mask. Not inlined: the
+  // compiler may contract a sum of two products in either way, copy by copy, and which of Visit's runs depends on the
+  // threads.
+  __attribute__((noinline)) void Finish(int64_t t, int first, int pixels, const Scratch& space) const {
     const typename Taps::Located& tap = space.taps.taps[t];
     const Real(*sums)[kCorners] = space.sums[t];
     const Place<Real> place = space.taps.places[t];
