@@ -26,6 +26,9 @@ namespace JAX_DCN_TARGET {
 
 #define JAX_DCN_ALWAYS_INLINE __attribute__((always_inline))
 #define JAX_DCN_SIMD inline JAX_DCN_ALWAYS_INLINE
+// Not inlined: the compiler contracts products and sums into one instruction as it sees fit, copy by copy, and
+// different copies would give different bits.
+#define JAX_DCN_ONE_COPY __attribute__((noinline))
 
 // kMaxRows x 2 accumulators, two vectors of the other operand and a broadcast fill the registers: 32 in AVX-512 and
 // aarch64, 16 in AVX2 and SSE2.

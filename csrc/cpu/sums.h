@@ -334,7 +334,7 @@ class BackwardSums {
   // The channels are kVectors of V, or if that is 0 any number. As many pixels are visited together as make a vector of
   // their corners' sums.
   template <class V, int kVectors>
-  void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
+  JAX_DCN_ONE_COPY void SumCorners(const int64_t* outputs, int pixels, int64_t channel, const Scratch& space) const {
     constexpr int lanes = kLanesOf<V, Real>;
     constexpr int kTogether = Max(1, lanes / kCorners);
     const int64_t taps = g_.taps(), channels = g_.deform_in();
@@ -381,10 +381,8 @@ class BackwardSums {
     }
   }
 
-  // From the sums to the gradients of a tap's offset, in the order in which it comes, and mask. Not inlined: the
-  // compiler may contract a sum of two products in either way, copy by copy, and which of Visit's runs depends on the
-  // threads.
-  __attribute__((noinline)) void Finish(int64_t t, int first, int pixels, const Scratch& space) const {
+  // From the sums to the gradients of a tap's offset, in the order in which it comes, and mask.
+  JAX_DCN_ONE_COPY void Finish(int64_t t, int first, int pixels, const Scratch& space) const {
     const typename Taps::Located& tap = space.taps.taps[t];
     const Real(*sums)[kCorners] = space.sums[t];
     const Place<Real> place = space.taps.places[t];
@@ -410,8 +408,8 @@ class BackwardSums {
   }
 
   template <class V>
-  void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels, int64_t channel,
-                 int64_t channels) const {
+  JAX_DCN_ONE_COPY void AddPixels(const typename Taps::Located* taps, const int64_t* outputs, int pixels,
+                                  int64_t channel, int64_t channels) const {
     constexpr int lanes = kLanesOf<V, Real>;
     ForBlocks<V, Real, 2>(0, channels, [&](int64_t c, auto count, auto load, auto store) JAX_DCN_ALWAYS_INLINE {
       constexpr int kVectors = count;
