@@ -207,7 +207,9 @@ def test_initial_values():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(depth=18), r"depth must be one of \(50, 101, 152\), got 18"),
+        (dict(depth=26), r"depth must be one of \(18, 34, 50, 101, 152\), got 26"),
+        (dict(depth=18), "depth 18 has neither deformable blocks nor groups, as in mmdet"),
+        (dict(depth=34, dcn=None, groups=2), "depth 34 has neither deformable blocks nor groups, as in mmdet"),
         (dict(style="tensorflow"), "style must be 'pytorch' or 'caffe', got 'tensorflow'"),
         (dict(num_stages=5), "num_stages must be from 1 to 4, got 5"),
         (dict(stage_with_dcn=(True,)), "stage_with_dcn has 1 entries, expected 2 = num_stages"),

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jax_dcn._checks import check_array, check_bool, check_data_format, to_count, to_integer, to_scale
+from jax_dcn._checks import check_bool, check_data_format, to_count, to_integer, to_scale
 from jax_dcn.mmcv.nn import (
     BatchNorm2d,
     Conv2d,
@@ -22,6 +22,7 @@ from jax_dcn.mmcv.nn import (
     adaptive_avg_pool2d,
     build_activation_layer,
 )
+from jax_dcn.models.common import to_nhwc
 from jax_dcn.nnx import DCNv3, DCNv4
 
 _CORES = ("DCNv3", "DCNv4")
@@ -373,13 +374,8 @@ class InternImage(nnx.Module):
 
     def _maps(self, x: jax.Array) -> list[jax.Array]:
         """Those of all stages, NHWC."""
-        axis = self.data_format.index("C")
-        check_array(type(self).__name__, "x", x)
-        if x.ndim != 4 or x.shape[axis] != 3:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {x.shape}, expected {self.data_format} with 3 channels"
-            )
-        x = self.pos_drop(self.patch_embed(jnp.moveaxis(x, axis, 3)))
+        x = to_nhwc(type(self).__name__, x, self.data_format, 3)
+        x = self.pos_drop(self.patch_embed(x))
         maps = []
         for level in self.levels:
             x = level(x)
