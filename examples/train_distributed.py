@@ -109,7 +109,24 @@ def train(steps: int) -> tuple[list[float], Any]:
 # --- processes ---
 
 
-def start_here(arguments: list[str], processes: int) -> int:
+def processes_parser() -> argparse.ArgumentParser:
+    """The options that `join_processes` needs."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--coordinator", help="host:port of process 0; without it, all processes are started here")
+    parser.add_argument("--process", type=int, help="which of them this is, from 0")
+    return parser
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins this process to the others. Without a coordinator it starts them all here, and ends when they have."""
+    if arguments.coordinator is not None:
+        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    elif arguments.processes > 1:
+        sys.exit(start_here(arguments.processes))
+
+
+def start_here(processes: int) -> int:
     """Runs this program as several processes on the loopback interface. Returns 0 if all succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,7 +134,7 @@ def start_here(arguments: list[str], processes: int) -> int:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--coordinator", coordinator, "--process", str(process)],
+            [sys.executable, *sys.argv, "--coordinator", coordinator, "--process", str(process)],
             env=environment,
         )
         for process in range(processes)
@@ -127,17 +144,11 @@ def start_here(arguments: list[str], processes: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[processes_parser()])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--coordinator", help="host:port of process 0; without it, all processes are started here")
-    parser.add_argument("--process", type=int, help="which of them this is, from 0")
     parser.add_argument("--output", type=Path, help="where to save the losses and the parameters, as .npz")
     arguments = parser.parse_args()
-    if arguments.coordinator is None and arguments.processes > 1:
-        sys.exit(start_here(sys.argv[1:], arguments.processes))
-    if arguments.coordinator is not None:
-        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    join_processes(arguments)
 
     losses, params = train(arguments.steps)
     if jax.process_index() == 0:

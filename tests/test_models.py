@@ -22,7 +22,7 @@ DCN = dict(type="DCNv2", deform_groups=2, fallback_on_stride=False)
 SMALL = dict(depth=50, base_channels=8, dcn=DCN, stage_with_dcn=(False, True, False, False), num_stages=2)
 RESNETS = [
     *("resnet50-v1", "resnet50-caffe-group4", "resnet50-fallback", "resnet50-dilated", "resnet101-c4-c5-caffe"),
-    *("resnet152-c5", "resnext50-v1", "resnext50-fallback"),
+    *("resnet152-c5", "resnext50-v1", "resnext50-fallback", "resnet18", "resnet34-dilated"),
 ]
 FPNS = ["fpn", "fpn-on_input", "fpn-on_lateral", "fpn-on_output", "fpn-end_level"]
 

@@ -98,7 +98,8 @@ class CenterNetHead(nnx.Module):
 _UNUSED: dict[str, tuple[str, ...]] = {
     "backbone": ("init_cfg",),
     "neck": ("init_cfg",),
-    "bbox_head": ("init_cfg", "loss_center_heatmap", "loss_wh", "loss_offset"),
+    # mmdet takes the detector's test_cfg whatever the head's is.
+    "bbox_head": ("init_cfg", "loss_center_heatmap", "loss_wh", "loss_offset", "train_cfg", "test_cfg"),
 }
 _ONLY = dict(deep_stem=False, avg_down=False, conv_cfg=None, plugins=None, with_cp=False)
 
@@ -237,12 +238,12 @@ def _detections(
     heatmap, wh, offset = (y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in (heatmap, wh, offset))
     kernel, count = test_cfg["local_maximum_kernel"], test_cfg["max_per_img"]
     around = max_pool2d(heatmap, kernel, 1, kernel // 2)
-    maxima = jnp.where(around == heatmap, heatmap, 0).reshape(batch, -1)
-    scores, index = lax.top_k(maxima, min(test_cfg["topk"], count, height * width * classes))
+    places = height * width * classes
+    maxima = jnp.where(around == heatmap, heatmap, 0).reshape(batch, places)
+    scores, index = lax.top_k(maxima, min(test_cfg["topk"], count, places))
     pixel, labels = index // classes, index % classes
-    at_pixel = jnp.take_along_axis(
-        jnp.concatenate([wh, offset], 3).reshape(batch, -1, 4), pixel[..., None], axis=1
-    )  # (N, scores, 4)
+    values = jnp.concatenate([wh, offset], 3).reshape(batch, height * width, 4)
+    at_pixel = jnp.take_along_axis(values, pixel[..., None], axis=1)  # (N, scores, 4)
     centre = jnp.stack([pixel % width, pixel // width], -1) + at_pixel[..., 2:]
     half = at_pixel[..., :2] / 2
     stride = np.array([size[1] / width, size[0] / height] * 2, scores.dtype)

@@ -19,7 +19,7 @@ _Maps = tuple[jax.Array, jax.Array]
 
 
 class CenterNetTargets(NamedTuple):
-    """What `CenterNet` should return, float32, in its data format, here NCHW.
+    """What `CenterNet` should return, in its data format, here NCHW.
 
     heatmap: (N, num_classes, H, W), 1 at the centres of objects, and a Gaussian around each;
     wh: (N, 2, H, W), at the centres width and height, else 0;
@@ -56,6 +56,9 @@ def centernet_targets(
       image_size: (height, width) of the images.
       data_format: "NCHW" (default) or "NHWC".
 
+    Returns:
+      The targets, of boxes' dtype, but float32 at least.
+
     Raises:
       TypeError, ValueError: arguments of the wrong type, or that do not fit one another.
     """
@@ -73,7 +76,8 @@ def centernet_targets(
     classes = to_count(name, "num_classes", num_classes)
     height, width = to_pair(name, "size", size, 1)
     image_height, image_width = to_pair(name, "image_size", image_size, 1)
-    scale = jnp.array([width / image_width, height / image_height], jnp.float32).reshape(1, 2)
+    dtype = jnp.promote_types(boxes.dtype, jnp.float32)
+    scale = jnp.array([[width / image_width, height / image_height]], dtype)
     rows, columns = jnp.arange(height).reshape(-1, 1), jnp.arange(width).reshape(1, -1)
 
     def add(
@@ -96,11 +100,11 @@ def centernet_targets(
         radius = jnp.maximum(jnp.floor(gaussian_radius(wh[:, 1], wh[:, 0])), 0)
         there = (labels >= 0) & ((pixel >= 0) & (pixel < jnp.array([[width, height]]))).all(1)
         own = jnp.concatenate([wh, centre - pixel, jnp.ones_like(wh[:, :1])], 1)
-        maps = (jnp.zeros((classes, height, width), jnp.float32), jnp.zeros((5, height, width), jnp.float32))
-        things = (pixel.astype(int), radius, jnp.where(there, labels, classes), own)
+        maps = (jnp.zeros((classes, height, width), dtype), jnp.zeros((5, height, width), dtype))
+        things = (pixel.astype(jnp.int32), radius, jnp.where(there, labels, classes), own)
         return lax.scan(add, maps, things)[0]
 
-    heatmap, values = jax.vmap(of_image)(jnp.asarray(boxes, jnp.float32), jnp.asarray(labels))
+    heatmap, values = jax.vmap(of_image)(jnp.asarray(boxes, dtype), jnp.asarray(labels))
     if data_format == "NHWC":
         heatmap, values = jnp.moveaxis(heatmap, 1, 3), jnp.moveaxis(values, 1, 3)
     return CenterNetTargets(heatmap, *jnp.split(values, [2, 4], axis=data_format.index("C")))

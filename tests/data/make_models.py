@@ -64,6 +64,26 @@ class DeformConv(nn.Module):
 # --- mmdet ---
 
 
+def shortcut(c_in, c_out, stride):
+    if stride == 1 and c_in == c_out:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, c_in, planes, stride, dilation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, planes, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = shortcut(c_in, planes, stride)
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + self.downsample(x)).relu()
+
+
 class Bottleneck(nn.Module):
     def __init__(self, c_in, planes, width, stride, dilation, style, groups, dcn):
         super().__init__()
@@ -83,11 +103,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, planes * 4, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * 4)
-        self.downsample = nn.Sequential()
-        if stride != 1 or c_in != planes * 4:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, planes * 4, 1, stride, bias=False), nn.BatchNorm2d(planes * 4)
-            )
+        self.downsample = shortcut(c_in, planes * 4, stride)
 
     def forward(self, x):
         y = self.bn1(self.conv1(x)).relu()
@@ -95,7 +111,7 @@ class Bottleneck(nn.Module):
         return (self.bn3(self.conv3(y)) + self.downsample(x)).relu()
 
 
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 class ResNet(nn.Module):
@@ -105,8 +121,8 @@ class ResNet(nn.Module):
         model="ResNet",
         depth,
         base_channels,
-        dcn,
-        stage_with_dcn,
+        dcn=None,
+        stage_with_dcn=(False,) * 4,
         style="pytorch",
         groups=1,
         base_width=4,
@@ -117,15 +133,19 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, base_channels, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(base_channels)
         channels = base_channels
-        dcn = dict(dcn)
+        dcn = dict(dcn or {})
         for stage, count in enumerate(BLOCKS[depth]):
             planes = base_channels * 2**stage
             width = planes if groups == 1 else int(planes * (base_width / base_channels)) * groups
             blocks = []
             for block in range(count):
+                stride = strides[stage] if block == 0 else 1
+                if depth < 50:
+                    blocks.append(BasicBlock(channels, planes, stride, dilations[stage]))
+                    channels = planes
+                    continue
                 # As in mmdet: the entry is gone once it was read, and ResNeXt reads it too late.
                 plain = not stage_with_dcn[stage] or (dcn.pop("fallback_on_stride", False) and model == "ResNet")
-                stride = strides[stage] if block == 0 else 1
                 options = width, stride, dilations[stage], style, groups, None if plain else dcn
                 blocks.append(Bottleneck(channels, planes, *options))
                 channels = planes * 4
@@ -291,6 +311,8 @@ def fpn(**config):
 
 HEAD = dict(num_classes=5, in_channels=16, feat_channels=16, point_feat_channels=8, stacked_convs=2, num_groups=4)
 CASES = {
+    "resnet18": (ResNet, dict(depth=18, base_channels=8), IMAGE),
+    "resnet34-dilated": (ResNet, dict(depth=34, base_channels=8, strides=(1, 2, 1, 2), dilations=(1, 1, 2, 3)), IMAGE),
     "resnet50-v1": resnet(dcn_type="DCN"),
     "resnet50-caffe-group4": resnet(deform_groups=4, style="caffe"),
     "resnet50-fallback": resnet(fallback_on_stride=True),
