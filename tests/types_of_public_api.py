@@ -49,6 +49,13 @@ backbone = models.ResNet(50, dcn=dict(type="DCNv2", deform_groups=1), stage_with
 assert_type(backbone(x), tuple[jax.Array, ...])
 assert_type(models.FPN([256, 512], 256, 5, rngs=rngs)(backbone(x)), tuple[jax.Array, ...])
 
+detector = models.CenterNet(dict(type="ResNet"), {}, {}, test_cfg={"topk": 50}, dtype=jax.numpy.bfloat16, rngs=rngs)
+assert_type(detector(x), tuple[jax.Array, jax.Array, jax.Array])
+assert_type(detector.predict(x), tuple[jax.Array, jax.Array, jax.Array])
+targets = models.centernet_targets(x, offset, num_classes=80, size=(128, 128), image_size=[512, 512])
+assert_type(targets.heatmap, jax.Array)
+assert_type(models.centernet_loss(detector(x), targets, wh_weight=0.2), dict[str, jax.Array])
+
 state_dict = mmcv.load_checkpoint("detector.pth", prefix="backbone.")
 assert_type(state_dict, mmcv.StateDict)
 assert_type(state_dict["conv1.weight"], np.ndarray)
