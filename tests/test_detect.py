@@ -1,9 +1,6 @@
 """The detector's example: what it makes of an image is mmdet's, and two processes train what one does."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import detect
 import jax
@@ -11,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scenes import Scenes, average_precision, load_digits, make_scenes, overlaps
+from support.models_golden import PATH
+from support.processes import run_example
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data"
+DATA = PATH.parent
 
 
 @pytest.fixture(autouse=True)
@@ -131,21 +129,8 @@ def runs(tmp_path_factory):
     """What one process and two print in a few steps, and the detectors that they save."""
     folder, outputs = tmp_path_factory.mktemp("detect"), []
     for processes in 1, 2:
-        done = subprocess.run(
-            [
-                sys.executable,
-                *(ROOT / "examples" / "detect.py", "--steps=8", f"--processes={processes}"),
-                *(f"--output={folder / 'detect.png'}", f"--save={folder / f'{processes}.safetensors'}"),
-            ],
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            cwd=Path(sys.executable).parent,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
+        paths = f"--output={folder / 'detect.png'}", f"--save={folder / f'{processes}.safetensors'}"
+        outputs.append(run_example("detect", "--steps=8", f"--processes={processes}", *paths))
     assert (folder / "detect.png").stat().st_size > 10_000
     return folder, outputs
 

@@ -1,13 +1,7 @@
 """The data-parallel example: two processes train what one does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from support.processes import run_example
 
 
 def test_two_processes_train_the_network_of_one(tmp_path):
@@ -15,23 +9,8 @@ def test_two_processes_train_the_network_of_one(tmp_path):
     runs = []
     for processes in 1, 2:
         output = tmp_path / f"{processes}.npz"
-        done = subprocess.run(
-            [
-                sys.executable,
-                EXAMPLES / "train_distributed.py",
-                f"--processes={processes}",
-                "--steps=8",
-                f"--output={output}",
-            ],
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            cwd=Path(sys.executable).parent,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{processes} processes, {processes} devices" in done.stdout
+        printed = run_example("train_distributed", f"--processes={processes}", "--steps=8", f"--output={output}")
+        assert f"{processes} processes, {processes} devices" in printed
         with np.load(output) as file:
             runs.append(dict(file))
     one, two = runs

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 def run_python(code: str, *folders: Path, **environment: str) -> str:
     """Runs code as a user would, in a folder without the package's sources, and returns what it prints.
@@ -22,6 +24,21 @@ def run_python(code: str, *folders: Path, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """Runs a program of examples/ as a user would, on the CPU, and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(sys.executable).parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
