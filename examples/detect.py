@@ -325,8 +325,8 @@ def draw_scenes(model: CenterNet, scenes: Scenes, path: Path) -> None:
     image, (boxes, _, _) = scenes.images[0], detections[0]
     offset, mask = predicted_taps(model, image)
     stride = image.shape[0] // offset.shape[0]
-    x, y = (boxes[0, :2] + boxes[0, 2:]) / 2
-    pixel = tuple(np.clip((int(y // stride), int(x // stride)), 0, offset.shape[0] - 1))
+    centre = (boxes[0, 1::-1] + boxes[0, :1:-1]) / 2  # row, column
+    pixel = tuple(np.clip(np.rint(centre / stride).astype(int), 0, offset.shape[0] - 1))
     for axes, taps, weights, title in (
         (plain, np.zeros_like(offset), np.ones_like(mask), "where a plain 3x3 layer looks"),
         (deformable, offset, mask, "where the deformable one looks"),
