@@ -20,6 +20,7 @@ draws what a CenterNet of mmdet's on ResNet-18 or 34, or one that --save saved h
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class Classifier(nnx.Module):
 
 def normalized(images: Any) -> Any:
     """As mmdet does it, RGB from 0 to 255 with the channels last."""
-    return (images - np.array(MEAN, np.float32).reshape(1, 1, 1, 3)) / np.array(STD, np.float32).reshape(1, 1, 1, 3)
+    return (images - np.float32(MEAN)) / np.float32(STD)
 
 
 def classification_loss(model: Classifier, batch: Scenes) -> jax.Array:
@@ -155,7 +156,7 @@ def train(
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, by_image = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps)
-    # What computes offsets learns slowly, as in mmdet's configs.
+    # What computes offsets learns slowly, as in Deformable DETR.
     optimizer = optax.chain(optax.adam(schedule), optax.masked(optax.scale(0.1), of_offsets))
 
     def begin() -> tuple[nnx.Module, nnx.Optimizer]:
@@ -254,8 +255,9 @@ def config_of(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     stages = sum(f"backbone.layer{stage}.0.conv1.weight" in state_dict for stage in (1, 2, 3, 4))
     depth = {2: 18, 3: 34}.get(entries("backbone.layer1."))
-    if depth is None or stages < 3 or "backbone.layer1.0.conv3.weight" in state_dict:
-        raise SystemExit("the checkpoint is not that of a CenterNet on ResNet-18 or 34")
+    basic = "backbone.layer1.0.conv3.weight" not in state_dict and "bbox_head.heatmap_head.2.weight" in state_dict
+    if depth is None or stages < 3 or not basic:
+        sys.exit("Only checkpoints of CenterNet on ResNet-18 or 34 are read here; others need CenterNet(**config)")
     neck = "neck.deconv_layers."
     kernels = [state_dict[f"{neck}{index}.conv.weight"] for index in range(1, entries(neck), 2)]
     features, channels, _, _ = state_dict["bbox_head.heatmap_head.0.weight"].shape
@@ -386,11 +388,17 @@ def main() -> None:
     if (arguments.image is None) != (arguments.checkpoint is None):
         parser.error("an image and a --checkpoint belong together")
     if arguments.image is not None:
-        image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
-        draw_image(load(arguments.checkpoint), np.asarray(image), arguments.output)
+        try:
+            image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
+            model = load(arguments.checkpoint)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        draw_image(model, np.asarray(image), arguments.output)
         print(f"Detections: {arguments.output}")
         return
     join_processes(arguments)
+    if BATCH % jax.device_count():
+        sys.exit(f"{jax.device_count()} devices cannot share a batch of {BATCH}")
     compare_twins(arguments)
 
 

@@ -114,6 +114,8 @@ def average_precision(scenes: Scenes, detections: Iterable[Detections]) -> tuple
     ):
         truth += entries(image, boxes[labels >= 0], labels[labels >= 0])
         found += entries(image, found_boxes, found_labels, score=scores)
+    if not found:
+        return 0.0, 0.0
     dataset = dict(
         images=[dict(id=image) for image in range(len(scenes.images))],
         categories=[dict(id=label) for label in range(CLASSES)],

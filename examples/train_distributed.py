@@ -120,6 +120,8 @@ def processes_parser() -> argparse.ArgumentParser:
 
 def join_processes(arguments: argparse.Namespace) -> None:
     """Joins this process to the others. Without a coordinator it starts them all here, and ends when they have."""
+    if arguments.process is not None and arguments.coordinator is None:
+        sys.exit("--process goes with a --coordinator; without one, --processes starts them all here")
     if arguments.coordinator is not None:
         jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
     elif arguments.processes > 1:

@@ -1,5 +1,7 @@
 """CenterNet: mmdet's maps and boxes from mmdet's state dict, training as mmdet trains it, and errors."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from flax import nnx
 from support import models_golden
 from support.centernet_golden import BOXES, CONFIG, IMAGES, LABELS, Step
 from support.formats import to_nchw, to_nhwc
+from support.processes import run_python
+from support.tolerances import assert_same_arrays, relative_error
 
 from jax_dcn import mmcv
 from jax_dcn.models import (
@@ -16,8 +20,8 @@ from jax_dcn.models import (
     centernet_loss,
     centernet_targets,
     gaussian_focal_loss,
-    gaussian_radius,
 )
+from jax_dcn.models.centernet_loss import _radius
 
 DATA = models_golden.PATH.parent
 
@@ -81,11 +85,6 @@ def golden():
         return dict(arrays)
 
 
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
-
-
 @nnx.jit
 def run(model, x):
     return model(x)
@@ -143,10 +142,7 @@ def test_mmdets_detections(state_dict, golden):
 
 
 def test_back_to_mmdet(state_dict):
-    back = mmcv.to_state_dict(loaded(state_dict))
-    assert set(back) == set(state_dict)
-    for name, array in state_dict.items():
-        assert back[name].dtype == array.dtype and np.array_equal(back[name], array), name
+    assert_same_arrays(mmcv.to_state_dict(loaded(state_dict)), state_dict)
 
 
 # --- predictions ---
@@ -301,19 +297,32 @@ def test_labels_that_are_no_objects():
     assert empty.heatmap.shape == (2, 3, 16, 24) and not empty.heatmap.any()
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(np.int8, 200), (np.uint8, 256), (np.int64, 3)])
+def test_labels_of_any_integers(dtype, classes):
+    """The number of classes need not fit into them."""
+    sizes = dict(num_classes=classes, size=(16, 24), image_size=(64, 96))
+    targets = centernet_targets(BOXES, LABELS.clip(0).astype(dtype), **sizes)
+    assert targets.weight.sum() == 9 and (targets.heatmap == 1).sum() == 10  # two have one centre
+
+
+def test_targets_without_x64():
+    """numpy's float64 and int64 are what callers have."""
+    with jax.enable_x64(False):
+        targets = targets_of(BOXES, LABELS)
+    assert all(y.dtype == jnp.float32 for y in targets)
+
+
 def test_radius():
     """No box that is moved, shrunk or enlarged by the radius overlaps less, and one of them just so."""
-    rng = np.random.default_rng(0)
-    height, width = rng.uniform(0.5, 60, (2, 1000))
-    for overlap in (0.3, 0.7):
-        radius = np.asarray(gaussian_radius(height, width, overlap))
-        both = (width - radius) * (height - radius)
-        overlaps = [
-            both / (2 * width * height - both),
-            (width - 2 * radius) * (height - 2 * radius) / (width * height),
-            width * height / ((width + 2 * radius) * (height + 2 * radius)),
-        ]
-        np.testing.assert_allclose(np.min(overlaps, axis=0), overlap, rtol=1e-9)
+    height, width = np.random.default_rng(0).uniform(0.5, 60, (2, 1000))
+    radius = np.asarray(_radius(height, width))
+    both = (width - radius) * (height - radius)
+    overlaps = [
+        both / (2 * width * height - both),
+        (width - 2 * radius) * (height - 2 * radius) / (width * height),
+        width * height / ((width + 2 * radius) * (height + 2 * radius)),
+    ]
+    np.testing.assert_allclose(np.min(overlaps, axis=0), 0.3, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 2e-4)])
@@ -375,14 +384,82 @@ def test_loss_without_objects():
     assert losses["loss_wh"] == losses["loss_offset"] == 0
 
 
-def test_focal_loss_at_its_ends():
-    """Where the sigmoid is 0 or 1 in float32 the loss and its gradient are finite."""
-    logits = jnp.array([-200.0, -20.0, 20.0, 200.0], jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_focal_loss_at_its_ends(dtype):
+    """Where the sigmoid is 0 or 1 the loss and its gradient are finite, compiled too; an error there costs 27.6."""
+    logits = jnp.array([-200.0, -20.0, 18.0, 200.0], dtype)
+
+    @jax.jit
+    def run(logits, target):
+        return jax.value_and_grad(lambda z: gaussian_focal_loss(jax.nn.sigmoid(z), jnp.full_like(z, target)).sum())(
+            logits
+        )
+
     for target in (0.0, 0.5, 1.0):
-        value, grad = jax.value_and_grad(
-            lambda logits, target=target: gaussian_focal_loss(jax.nn.sigmoid(logits), jnp.full(4, target)).sum()
-        )(logits)
-        assert jnp.isfinite(value) and jnp.isfinite(grad).all()
+        value, grad = run(logits, target)
+        assert value.dtype == jnp.float32 and jnp.isfinite(value) and jnp.isfinite(grad).all()
+    wrong = jax.jit(gaussian_focal_loss)(jnp.array([1, 0], dtype), jnp.array([0, 1], dtype))
+    np.testing.assert_allclose(wrong, -np.log(1e-12), rtol=1e-5)
+
+
+# --- several devices ---
+
+
+def test_two_devices_are_one():
+    """Losses, gradients, statistics and boxes, to rounding in float64; images and maps are not gathered."""
+    printed = run_python(
+        """
+import re, jax, numpy as np
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import test_centernet as tests
+
+step = tests.Step()
+structure, state = nnx.split(tests.narrow(step.state_dict))
+
+def train(state, images, boxes, labels):
+    def loss(model):
+        return sum(tests.centernet_loss(model(images), tests.targets_of(boxes, labels)).values())
+
+    model = nnx.merge(structure, state)
+    return nnx.value_and_grad(loss)(model), nnx.state(model)
+
+def predict(state, images):
+    model = nnx.merge(structure, state)
+    model.eval()
+    return model.predict(images)
+
+mesh = Mesh(np.array(jax.devices()), ("batch",))
+everywhere, by_image = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
+
+def compiled(function, dtype, *data):
+    data = jax.tree.map(lambda a: jnp.asarray(a, dtype) if a.dtype.kind == "f" else jnp.asarray(a), (state, *data))
+    shared = jax.device_put(data[0], everywhere), *(jax.device_put(a, by_image) for a in data[1:])
+    return jax.jit(function).lower(*shared).compile(), shared, data
+
+def compare(function, *data):
+    program, shared, data = compiled(function, np.float64, *data)
+    for a, b in zip(jax.tree.leaves(jax.jit(function)(*data)), jax.tree.leaves(program(*shared)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * np.abs(a).max())
+
+def gathers(function, *data):
+    program, _, _ = compiled(function, np.float32, *data)
+    return re.findall("all-gather|all-to-all|collective-permute", program.as_text())
+
+training, images = (step.images, tests.BOXES, tests.LABELS), (step.images,)
+compare(train, *training)
+compare(predict, *images)
+# In float64 XLA's CPU backend gathers for the gradient of max_pool2d.
+assert not gathers(train, *training) and not gathers(predict, *images)
+print("equal")
+""",
+        Path(__file__).parent,
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    assert "equal" in printed
 
 
 # --- errors ---
@@ -402,6 +479,13 @@ def test_focal_loss_at_its_ends():
         (with_entries(neck=None), "neck must be a dict, got NoneType"),
         (with_entries(bbox_head=dict(type="CenterNetHead", in_channels=16)), r"bbox_head lacks the entries \['feat_ch"),
         (with_entries("neck", use_dcn="DCNv2"), "CTResNetNeck: use_dcn must be a bool"),
+        (
+            with_entries("neck", num_deconv_filters=32),
+            "CTResNetNeck: num_deconv_filters must be a sequence of integers",
+        ),
+        (with_entries("backbone", groups=2), r"backbone has unknown entries \['groups'\]"),
+        (with_entries("backbone", norm_cfg="BN"), "ResNet: norm_cfg must be a dict, got 'BN'"),
+        (with_entries(test_cfg=dict(topk=1.5)), "test_cfg: topk must be an integer, got 1.5"),
     ],
 )
 def test_wrong_entries(config, message):
@@ -448,6 +532,7 @@ def test_wrong_values(config, message):
 def test_what_is_not_built_may_be_named():
     """Entries with the value that is built, and those that only train."""
     config = with_entries("backbone", deep_stem=False, avg_down=False, conv_cfg=None, plugins=None, with_cp=False)
+    config["backbone"]["pretrained"] = "torchvision://resnet18"
     config["bbox_head"] = {**config["bbox_head"], "train_cfg": None, "test_cfg": None, "init_cfg": None}
     build({**config, "init_cfg": None, "test_cfg": None})
 
@@ -486,6 +571,8 @@ def test_wrong_targets():
     assert isinstance(targets, CenterNetTargets)
     outputs = tuple(jnp.ones((2, channels, 8, 8)) for channels in (2, 2, 2))
     with pytest.raises(
-        ValueError, match=r"^centernet_loss: wh has shape \(2, 8, 8, 2\), and its target \(2, 2, 8, 8\)"
+        ValueError, match=r"^centernet_loss: wh has shape \(2, 8, 8, 2\), expected its target's, \(2, 2, 8, 8\)"
     ):
         centernet_loss((outputs[0], to_nhwc(outputs[1]), outputs[2]), targets)
+    with pytest.raises(ValueError, match=r"^centernet_loss: got 2 outputs, expected 3"):
+        centernet_loss(outputs[:2], targets)

@@ -42,18 +42,13 @@ def test_the_config_is_that_of_the_checkpoint(model):
 
 
 def test_another_checkpoint():
-    with pytest.raises(SystemExit, match="not that of a CenterNet on ResNet-18 or 34"):
+    with pytest.raises(SystemExit, match="Only checkpoints of CenterNet on ResNet-18 or 34"):
         detect.load(DATA / "resnet50_dcnv2.safetensors")
 
 
-def test_mmdets_image_becomes_mmdets_boxes(model, golden):
-    """From the pixels through its normalisation. (Its numbers are of the image without the border.)"""
+def test_normalisation_is_mmdets(golden):
     images = golden["image"][None].astype(np.float32)
     np.testing.assert_allclose(detect.normalized(images).transpose(0, 3, 1, 2), golden["inputs"], atol=1e-5)
-    boxes, scores, labels = (y[0] for y in detect.predict(model, images))
-    np.testing.assert_allclose(scores, golden["scores"], rtol=1e-5)
-    np.testing.assert_allclose(boxes, golden["bboxes"], atol=1e-4)
-    assert np.array_equal(labels, golden["labels"])
 
 
 @pytest.mark.parametrize("size", [(96, 128), (95, 127), (33, 64), (1, 31)])
@@ -71,9 +66,9 @@ def test_border_is_taken_off_the_boxes(model, golden):
     """An image that was padded by hand beforehand has the same boxes, moved by where it then begins."""
     image = golden["image"][:95, :120]
     boxes, scores, _ = detect.detect_image(model, image)
-    inside, (top, left) = detect.padded(image)
+    inside = np.pad(image, ((1, 0), (4, 4), (0, 0)))
     raw, raw_scores, _ = (np.asarray(y)[0] for y in detect.predict(model, inside[None].astype(np.float32)))
-    assert (top, left) == (1, 4) and np.array_equal(scores, raw_scores)
+    assert np.array_equal(scores, raw_scores)
     np.testing.assert_allclose(boxes + np.array([4, 1, 4, 1]), raw, atol=1e-5)
 
 

@@ -10,7 +10,11 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a page needs besides Flax, and what it says that it prints.
-PACKAGES = {"docs/onnx.md": ("jax2onnx",), "docs/porting.md": ("safetensors", "optax")}
+PACKAGES = {
+    "docs/detection.md": ("optax",),
+    "docs/onnx.md": ("jax2onnx",),
+    "docs/porting.md": ("safetensors", "optax"),
+}
 PRINTED = {"docs/porting.md": "344 (27, 16, 3, 3) {}"}
 
 

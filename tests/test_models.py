@@ -11,7 +11,7 @@ from support import models_golden
 from support.formats import DATA_FORMATS, to_nchw, to_nhwc
 from support.models_golden import GoldenModel
 from support.processes import run_python
-from support.tolerances import assert_close, assert_same_arrays
+from support.tolerances import assert_close, assert_same_arrays, relative_error
 
 from jax_dcn import mmcv
 from jax_dcn.mmcv.nn import max_pool2d
@@ -38,11 +38,6 @@ def build(config, **more):
 def abstract(build, *arguments, **options):
     """A module without the time to compile its initialisers."""
     return nnx.eval_shape(lambda: build(*arguments, **options))
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
 
 
 def run(model, *inputs):

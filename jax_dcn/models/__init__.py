@@ -19,7 +19,6 @@ from jax_dcn.models.centernet_loss import (
     centernet_loss,
     centernet_targets,
     gaussian_focal_loss,
-    gaussian_radius,
 )
 from jax_dcn.models.fpn import FPN
 from jax_dcn.models.internimage import InternImage
@@ -37,5 +36,4 @@ __all__ = [
     "centernet_loss",
     "centernet_targets",
     "gaussian_focal_loss",
-    "gaussian_radius",
 ]

@@ -24,7 +24,7 @@ _PRIOR = 0.1
 
 
 class CTResNetNeck(nnx.Module):
-    """mmdet's CTResNetNeck: convolutions, perhaps deformable, each followed by a transposed one. NHWC."""
+    """mmdet's CTResNetNeck: n convolutions, perhaps deformable, each before a transposed one of stride 2. NHWC."""
 
     def __init__(
         self,
@@ -36,6 +36,9 @@ class CTResNetNeck(nnx.Module):
     ):
         name = type(self).__name__
         check_bool(name, "use_dcn", use_dcn)
+        for argument, sizes in (("num_deconv_filters", num_deconv_filters), ("num_deconv_kernels", num_deconv_kernels)):
+            if not isinstance(sizes, (tuple, list)):
+                raise TypeError(f"{name}: {argument} must be a sequence of integers, got {sizes!r}")
         if not num_deconv_filters or len(num_deconv_filters) != len(num_deconv_kernels):
             raise ValueError(
                 f"{name}: num_deconv_filters and num_deconv_kernels must have one entry each for every transposed "
@@ -53,7 +56,7 @@ class CTResNetNeck(nnx.Module):
             channels = filters
         self.deconv_layers = Sequential(*layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (N, H, W, in_channels) -> (N, 8*H, 8*W, out_channels)
+    def __call__(self, x: jax.Array) -> jax.Array:  # (N, H, W, in_channels) -> (N, 2**n*H, 2**n*W, out_channels)
         return self.deconv_layers(x)
 
 
@@ -72,36 +75,28 @@ class CenterNetHead(nnx.Module):
 
     def __init__(self, in_channels: int, feat_channels: int, num_classes: int, **options: Any):
         name = type(self).__name__
-        self.in_channels, self.num_classes = (
-            to_count(name, argument, value)
-            for argument, value in (("in_channels", in_channels), ("num_classes", num_classes))
-        )
-        bias = nnx.initializers.constant(math.log(_PRIOR / (1 - _PRIOR)))
-        small = dict(kernel_init=nnx.initializers.normal(0.001), bias_init=nnx.initializers.zeros)
+        self.in_channels = to_count(name, "in_channels", in_channels)
+        self.num_classes = to_count(name, "num_classes", num_classes)
 
-        def branch(channels: int, last_bias: nnx.Initializer, **initializers: Any) -> Sequential:
-            last = {**initializers, "bias_init": last_bias}
+        def branch(channels: int, first: Mapping[str, Any], last: Mapping[str, Any]) -> Sequential:
             return Sequential(
-                Conv2d(in_channels, feat_channels, 3, padding=1, **initializers, **options),
+                Conv2d(in_channels, feat_channels, 3, padding=1, **first, **options),
                 nnx.relu,
                 Conv2d(feat_channels, channels, 1, **last, **options),
             )
 
-        self.heatmap_head = branch(self.num_classes, bias)
-        self.wh_head, self.offset_head = (branch(2, nnx.initializers.zeros, **small) for _ in range(2))
+        prior = dict(bias_init=nnx.initializers.constant(math.log(_PRIOR / (1 - _PRIOR))))
+        small = dict(kernel_init=nnx.initializers.normal(0.001), bias_init=nnx.initializers.zeros)
+        self.heatmap_head = branch(self.num_classes, {}, prior)
+        self.wh_head, self.offset_head = branch(2, small, small), branch(2, small, small)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:  # of num_classes, 2 and 2 channels
         return nnx.sigmoid(self.heatmap_head(x)), self.wh_head(x), self.offset_head(x)
 
 
-# Entries that only train or initialise, and entries of which one value is built.
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "backbone": ("init_cfg",),
-    "neck": ("init_cfg",),
-    # mmdet takes the detector's test_cfg whatever the head's is.
-    "bbox_head": ("init_cfg", "loss_center_heatmap", "loss_wh", "loss_offset", "train_cfg", "test_cfg"),
-}
-_ONLY = dict(deep_stem=False, avg_down=False, conv_cfg=None, plugins=None, with_cp=False)
+# Entries of which one value is built, and entries without effect.
+_RESNET_ONLY = dict(deep_stem=False, avg_down=False, conv_cfg=None, plugins=None, with_cp=False)
+_HEAD_UNUSED = ("init_cfg", "loss_center_heatmap", "loss_wh", "loss_offset", "train_cfg", "test_cfg")
 
 _TEST_CFG = dict(topk=100, local_maximum_kernel=3, max_per_img=100)
 
@@ -120,7 +115,7 @@ class CenterNet(nnx.Module):
       bbox_head: dict(type="CenterNetHead", num_classes=, in_channels=, feat_channels=).
       test_cfg: dict(topk=100, local_maximum_kernel=3, max_per_img=100): how many maxima of the heatmap are looked at,
         over how many pixels a side they are maxima, an odd number, and how many boxes `predict` returns.
-      train_cfg, data_preprocessor, init_cfg, and in the dicts init_cfg and the head's losses: accepted, without effect.
+      train_cfg, data_preprocessor, init_cfg, and in the dicts init_cfg, pretrained and the losses: accepted, unused.
         Images come in normalised; `centernet_loss` is the loss.
       type: "CenterNet".
       data_format: "NCHW" (default) or "NHWC", that of the image and of what the model returns.
@@ -153,20 +148,27 @@ class CenterNet(nnx.Module):
             raise ValueError(f"{name}: type must be {name!r}, got {type!r}")
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        def build(argument: str, cfg: Any, cls: Any, only: Mapping[str, Any] = {}, **more: Any) -> Any:
-            return from_config(f"{name}: {argument}", cfg, cls, _UNUSED[argument], only, **more, **options)
-
-        self.backbone = build("backbone", backbone, ResNet, _ONLY, data_format="NHWC")
-        self.neck = build("neck", neck, CTResNetNeck)
-        self.bbox_head = build("bbox_head", bbox_head, CenterNetHead)
-        for part, before, channels in (
-            ("neck", "the backbone's last map", self.backbone.out_channels[-1]),
-            ("bbox_head", "the neck's last filters", self.neck.out_channels),
-        ):
-            if getattr(self, part).in_channels != channels:
-                raise ValueError(
-                    f"{name}: {part}'s in_channels is {getattr(self, part).in_channels}, expected {channels} = {before}"
-                )
+        self.backbone = from_config(
+            f"{name}: backbone",
+            backbone,
+            ResNet,
+            ("init_cfg", "pretrained"),
+            _RESNET_ONLY,
+            **dict(groups=1, base_width=4),  # which mmdet's ResNet does not have
+            data_format="NHWC",
+            **options,
+        )
+        self.neck = from_config(f"{name}: neck", neck, CTResNetNeck, ("init_cfg",), {}, **options)
+        self.bbox_head = from_config(f"{name}: bbox_head", bbox_head, CenterNetHead, _HEAD_UNUSED, {}, **options)
+        channels, filters = self.backbone.out_channels[-1], self.neck.out_channels
+        if self.neck.in_channels != channels:
+            raise ValueError(
+                f"{name}: neck's in_channels is {self.neck.in_channels}, expected {channels} = the backbone's last map"
+            )
+        if self.bbox_head.in_channels != filters:
+            raise ValueError(
+                f"{name}: bbox_head's in_channels is {self.bbox_head.in_channels}, expected {filters} = the neck's last"
+            )
         self.test_cfg = _check_test_cfg(f"{name}: test_cfg", test_cfg)
         self.data_format = data_format
 
@@ -174,8 +176,8 @@ class CenterNet(nnx.Module):
         """The maps of the head.
 
         Args:
-          x: normalised images (N, 3, H, W), or (N, H, W, 3) for NHWC. With H and W multiples of 32, and kernels of 4,
-            the maps are H/4 by W/4.
+          x: normalised images (N, 3, H, W), or (N, H, W, 3) for NHWC. With H and W multiples of 32, four stages and
+            three transposed convolutions of kernel 4 the maps are H/4 by W/4.
 
         Returns:
           For every pixel of the maps
@@ -199,8 +201,8 @@ class CenterNet(nnx.Module):
 
         Returns:
           boxes: (N, max_per_img, 4), (x1, y1, x2, y2) in pixels of x, float32, or float64 if that is x's;
-          scores: (N, max_per_img), in descending order, of the same dtype. Where the heatmap has no further maxima,
-            they are 0;
+          scores: (N, max_per_img), in descending order, of the same dtype. Beyond topk, or where the heatmap has no
+            further maxima, they are 0, and boxes and labels mean nothing;
           labels: (N, max_per_img), the classes from 0, int32.
 
         Raises:
@@ -218,9 +220,8 @@ class CenterNet(nnx.Module):
 
 
 def _check_test_cfg(name: str, cfg: Any) -> dict[str, int]:
-    test_cfg = {**_TEST_CFG, **to_entries(name, {} if cfg is None else cfg, _TEST_CFG)}
-    for entry, value in test_cfg.items():
-        to_count(name, entry, value)
+    entries = {**_TEST_CFG, **to_entries(name, {} if cfg is None else cfg, _TEST_CFG)}
+    test_cfg = {entry: to_count(name, entry, value) for entry, value in entries.items()}
     if test_cfg["local_maximum_kernel"] % 2 == 0:
         raise ValueError(f"{name}: local_maximum_kernel must be odd, got {test_cfg['local_maximum_kernel']}")
     return test_cfg
@@ -240,7 +241,8 @@ def _detections(
     around = max_pool2d(heatmap, kernel, 1, kernel // 2)
     places = height * width * classes
     maxima = jnp.where(around == heatmap, heatmap, 0).reshape(batch, places)
-    scores, index = lax.top_k(maxima, min(test_cfg["topk"], count, places))
+    # With a recall of 1 it is top_k, which XLA does not share among devices: it would gather the maps of all images.
+    scores, index = lax.approx_max_k(maxima, min(test_cfg["topk"], count, places), recall_target=1.0)
     pixel, labels = index // classes, index % classes
     values = jnp.concatenate([wh, offset], 3).reshape(batch, height * width, 4)
     at_pixel = jnp.take_along_axis(values, pixel[..., None], axis=1)  # (N, scores, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jax import lax
 
 from jax_dcn._checks import check_array, check_data_format, to_array, to_count, to_pair
 
-# mmdet's: what is predicted a Gaussian's radius from the centre overlaps with the object by so much at least.
-_MIN_OVERLAP = 0.3
+# mmdet's: the least overlap with the object, as intersection over union, of a box whose corners are off by the radius.
+_OVERLAP = 0.3
 
 
 _Maps = tuple[jax.Array, jax.Array]
@@ -76,7 +76,9 @@ def centernet_targets(
     classes = to_count(name, "num_classes", num_classes)
     height, width = to_pair(name, "size", size, 1)
     image_height, image_width = to_pair(name, "image_size", image_size, 1)
+    boxes, labels = jnp.asarray(boxes), jnp.asarray(labels)
     dtype = jnp.promote_types(boxes.dtype, jnp.float32)
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # which num_classes must fit into
     scale = jnp.array([[width / image_width, height / image_height]], dtype)
     rows, columns = jnp.arange(height).reshape(-1, 1), jnp.arange(width).reshape(1, -1)
 
@@ -97,59 +99,64 @@ def centernet_targets(
         first, last = boxes[:, :2], boxes[:, 2:]
         centre, wh = (first + last) * scale / 2, (last - first) * scale
         pixel = jnp.floor(centre)
-        radius = jnp.maximum(jnp.floor(gaussian_radius(wh[:, 1], wh[:, 0])), 0)
+        radius = jnp.maximum(jnp.floor(_radius(wh[:, 1], wh[:, 0])), 0)
         there = (labels >= 0) & ((pixel >= 0) & (pixel < jnp.array([[width, height]]))).all(1)
         own = jnp.concatenate([wh, centre - pixel, jnp.ones_like(wh[:, :1])], 1)
         maps = (jnp.zeros((classes, height, width), dtype), jnp.zeros((5, height, width), dtype))
         things = (pixel.astype(jnp.int32), radius, jnp.where(there, labels, classes), own)
         return lax.scan(add, maps, things)[0]
 
-    heatmap, values = jax.vmap(of_image)(jnp.asarray(boxes, dtype), jnp.asarray(labels))
+    heatmap, values = jax.vmap(of_image)(boxes.astype(dtype), labels)
     if data_format == "NHWC":
         heatmap, values = jnp.moveaxis(heatmap, 1, 3), jnp.moveaxis(values, 1, 3)
     return CenterNetTargets(heatmap, *jnp.split(values, [2, 4], axis=data_format.index("C")))
 
 
-def gaussian_radius(height: jax.Array, width: jax.Array, min_overlap: float = _MIN_OVERLAP) -> jax.Array:
-    """How far the corners of a box may be off, along both axes, for an overlap with the right box.
+def _radius(height: jax.Array, width: jax.Array) -> jax.Array:
+    """How far both corners of a box may be off, along both axes, for `_OVERLAP` with the right one, of this size.
 
     Law and Deng 2018 (https://arxiv.org/abs/1808.01244), with mmdet's corrections: the least of the radii for a box
     that is as large, one that is smaller, and one that is larger.
-
-    Args:
-      height, width: of the right boxes, arrays of one shape.
-      min_overlap: the least intersection over union (default 0.3).
-
-    Returns:
-      The radii, in the boxes' unit.
     """
 
     def root(a: float, b: jax.Array, c: jax.Array) -> jax.Array:  # the lower r with a * r**2 - b * r + c = 0
         return (b - jnp.sqrt(b**2 - 4 * a * c)) / (2 * a)
 
     total, area = height + width, height * width
-    as_large = root(1, total, area * (1 - min_overlap) / (1 + min_overlap))
-    smaller = root(4, 2 * total, area * (1 - min_overlap))
-    larger = -root(4 * min_overlap, 2 * min_overlap * total, area * (min_overlap - 1))
+    as_large = root(1, total, area * (1 - _OVERLAP) / (1 + _OVERLAP))
+    smaller = root(4, 2 * total, area * (1 - _OVERLAP))
+    larger = -root(4 * _OVERLAP, 2 * _OVERLAP * total, area * (_OVERLAP - 1))
     return jnp.minimum(jnp.minimum(as_large, smaller), larger)
 
 
-def gaussian_focal_loss(heatmap: jax.Array, target: jax.Array, *, alpha: float = 2.0, gamma: float = 4.0) -> jax.Array:
+def gaussian_focal_loss(heatmap: jax.Array, target: jax.Array) -> jax.Array:
     """The loss of every pixel of a heatmap (Law and Deng 2018, https://arxiv.org/abs/1808.01244), as mmdet has it.
 
     Args:
       heatmap: probabilities, such as `CenterNet` returns.
-      target: of the same shape, from 0 to 1, where 1 is an object.
-      alpha: the power of the error (default 2).
-      gamma: the power of 1 - target, which makes errors near objects count less (default 4).
+      target: of the same shape, from 0 to 1, where 1 is an object; the nearer to 1, the less an error counts.
 
     Returns:
-      An array of the same shape.
+      An array of the same shape, float32 at least.
+
+    Raises:
+      TypeError, ValueError: arguments of another dtype than the operators', or of different shapes.
     """
-    eps = 1e-12
-    there = -jnp.log(heatmap + eps) * (1 - heatmap) ** alpha
-    elsewhere = -jnp.log(1 - heatmap + eps) * heatmap**alpha * (1 - target) ** gamma
+    name = "gaussian_focal_loss"
+    heatmap, target = _with_target(name, "heatmap", heatmap, to_array(name, "target", target))
+    # mmdet adds 1e-12. XLA may add it to the 1 first, where it is lost, and the logarithm of a sure error is infinite.
+    there = -jnp.log(jnp.maximum(heatmap, 1e-12)) * (1 - heatmap) ** 2
+    elsewhere = -jnp.log(jnp.maximum(1 - heatmap, 1e-12)) * heatmap**2 * (1 - target) ** 4
     return jnp.where(target == 1, there, elsewhere)
+
+
+def _with_target(name: str, argument: str, value: Any, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A prediction and its target, float32 at least."""
+    value = to_array(name, argument, value)
+    if value.shape != target.shape:
+        raise ValueError(f"{name}: {argument} has shape {value.shape}, expected its target's, {target.shape}")
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    return value.astype(dtype), target.astype(dtype)
 
 
 def centernet_loss(
@@ -177,19 +184,17 @@ def centernet_loss(
       TypeError, ValueError: outputs of another dtype than the operators', or that do not have the targets' shapes.
     """
     name = "centernet_loss"
-    names = ("heatmap", "wh", "offset")
-    maps = [to_array(name, of, y) for of, y in zip(names, outputs, strict=True)]
-    for of, y, target in zip(names, maps, targets[:3], strict=True):
-        if y.shape != target.shape:
-            raise ValueError(f"{name}: {of} has shape {y.shape}, and its target {target.shape}")
-    heatmap, wh, offset = (y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in maps)
+    if len(outputs) != 3:
+        raise ValueError(f"{name}: got {len(outputs)} outputs, expected 3, heatmap, wh and offset")
+    heatmap, wh, offset = outputs
     objects = jnp.maximum((targets.heatmap == 1).sum(), 1)
 
-    def error(y: jax.Array, target: jax.Array) -> jax.Array:
-        return (jnp.abs(y - target) * targets.weight).sum() / (2 * objects)
+    def error(argument: str, value: jax.Array, target: jax.Array) -> jax.Array:
+        value, target = _with_target(name, argument, value, target)
+        return (jnp.abs(value - target) * targets.weight).sum() / (2 * objects)
 
     return {
         "loss_center_heatmap": heatmap_weight * gaussian_focal_loss(heatmap, targets.heatmap).sum() / objects,
-        "loss_wh": wh_weight * error(wh, targets.wh),
-        "loss_offset": offset_weight * error(offset, targets.offset),
+        "loss_wh": wh_weight * error("wh", wh, targets.wh),
+        "loss_offset": offset_weight * error("offset", offset, targets.offset),
     }

@@ -37,6 +37,8 @@ def freeze(module: nnx.Module) -> None:
 
 def trains_norms(name: str, norm_cfg: Mapping[str, Any] | None) -> bool:
     """Whether the normalisations' parameters are trained."""
+    if norm_cfg is not None and not isinstance(norm_cfg, Mapping):
+        raise TypeError(f"{name}: norm_cfg must be a dict, got {norm_cfg!r}")
     norm_cfg = {"type": "BN", **(norm_cfg or {})}
     if norm_cfg["type"] not in _NORMS or set(norm_cfg) - {"type", "requires_grad"}:
         raise ValueError(

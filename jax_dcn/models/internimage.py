@@ -352,7 +352,7 @@ class InternImage(nnx.Module):
           (N, num_classes), or for num_classes=0 the features, (N, channels of the last stage * cls_scale).
 
         Raises:
-          ValueError: x of another rank or number of channels, or a model without a head.
+          TypeError, ValueError: x of another dtype, rank or number of channels, or a model without a head.
         """
         if self.num_classes is None:
             raise ValueError(f"{type(self).__name__}: with num_classes=None there are only feature_maps")

@@ -224,7 +224,7 @@ class ResNet(nnx.Module):
         norms_trained = trains_norms(name, norm_cfg)
         self.data_format, self.in_channels, self.out_indices = data_format, in_channels, tuple(out_indices)
         options: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        block_options = dict(zero_init_residual=zero_init_residual, norm_eval=norm_eval, **options)
+        block_options: dict[str, Any] = dict(zero_init_residual=zero_init_residual, norm_eval=norm_eval, **options)
 
         channels = base_channels if stem_channels is None else stem_channels
         self.conv1 = _conv(in_channels, channels, 7, 2, **options)
@@ -235,9 +235,9 @@ class ResNet(nnx.Module):
             planes = base_channels * 2**stage
             blocks: list[BasicBlock | Bottleneck] = []
             for index in range(_BLOCKS[depth][stage]):
-                block_options.update(stride=strides[stage] if index == 0 else 1, dilation=dilations[stage])
+                sizes: dict[str, Any] = dict(stride=strides[stage] if index == 0 else 1, dilation=dilations[stage])
                 if basic:
-                    blocks.append(BasicBlock(channels, planes, **block_options))
+                    blocks.append(BasicBlock(channels, planes, **sizes, **block_options))
                 else:
                     deformable = dcn is not None and stage_with_dcn[stage]
                     left_plain = deformable and plain_blocks > 0
@@ -246,11 +246,13 @@ class ResNet(nnx.Module):
                     block_dcn = dcn if deformable and not left_plain else None
                     blocks.append(
                         Bottleneck(
-                            *(channels, planes),
+                            channels,
+                            planes,
                             width=width,
                             style=style,
                             groups=groups,
                             dcn=block_dcn,
+                            **sizes,
                             **block_options,
                         )
                     )

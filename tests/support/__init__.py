@@ -8,6 +8,7 @@ formats            NCHW and NHWC
 oracle             the operator and its gradients by their definition
 golden             numbers of mmcv's operators
 models_golden      numbers of others' models
+centernet_golden   a step of training of a detector
 tolerances         how far a result may be from the exact one
 processes          Python in a process of its own
 programs           what XLA's GPU compiler dumps

@@ -41,3 +41,9 @@ def assert_same_arrays(actual, expected):
     for name, array in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape), name
         assert actual[name].tobytes() == array.tobytes(), name
+
+
+def relative_error(actual, expected):
+    """The largest error, of the largest value."""
+    assert actual.shape == expected.shape
+    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
