@@ -45,7 +45,6 @@ from jax_dcn.plot import sampling_points
 
 SCENE = dict(size=128, objects=(6, 9))
 BATCH = 4  # scenes, of all processes together
-COMPARED = 200  # scenes to compare by
 SINGLE = dict(size=64, objects=(1, 1))  # for the backbone
 SINGLES = 64  # of these in a batch
 
@@ -358,7 +357,7 @@ def compare_twins(arguments: argparse.Namespace) -> None:
     }
     if jax.process_index() > 0:
         return
-    scenes = make_scenes(held_out, COMPARED, **SCENE, rng=np.random.default_rng(seed))
+    scenes = make_scenes(held_out, arguments.scenes, **SCENE, rng=np.random.default_rng(seed))
     print(f"{'':12}parameters   AP50:95     AP50   time per step   loss at first, and at the end")
     for name, (model, losses, seconds) in twins.items():
         parameters = sum(parameter.size for parameter in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -381,6 +380,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=1200, help="of each detector; the backbone takes a quarter of them"
     )
+    parser.add_argument("--scenes", type=int, default=200, help="to compare by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("detect.png"), help="where to save the picture")
     parser.add_argument("--save", type=Path, help="where to save the deformable detector, .pth or .safetensors")

@@ -125,7 +125,7 @@ def runs(tmp_path_factory):
     folder, outputs = tmp_path_factory.mktemp("detect"), []
     for processes in 1, 2:
         paths = f"--output={folder / 'detect.png'}", f"--save={folder / f'{processes}.safetensors'}"
-        outputs.append(run_example("detect", "--steps=8", f"--processes={processes}", *paths))
+        outputs.append(run_example("detect", "--steps=8", "--scenes=8", f"--processes={processes}", *paths))
     assert (folder / "detect.png").stat().st_size > 10_000
     return folder, outputs
 

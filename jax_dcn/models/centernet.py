@@ -154,7 +154,8 @@ class CenterNet(nnx.Module):
             ResNet,
             ("init_cfg", "pretrained"),
             _RESNET_ONLY,
-            **dict(groups=1, base_width=4),  # which mmdet's ResNet does not have
+            groups=1,  # mmdet's ResNet has neither this
+            base_width=4,  # nor this
             data_format="NHWC",
             **options,
         )

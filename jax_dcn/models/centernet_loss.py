@@ -78,13 +78,12 @@ def centernet_targets(
     image_height, image_width = to_pair(name, "image_size", image_size, 1)
     boxes, labels = jnp.asarray(boxes), jnp.asarray(labels)
     dtype = jnp.promote_types(boxes.dtype, jnp.float32)
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # which num_classes must fit into
+    if labels.dtype.itemsize < 8:
+        labels = labels.astype(jnp.int32)  # which num_classes, for no object, must fit into
     scale = jnp.array([[width / image_width, height / image_height]], dtype)
     rows, columns = jnp.arange(height).reshape(-1, 1), jnp.arange(width).reshape(1, -1)
 
-    def add(
-        maps: tuple[jax.Array, jax.Array], thing: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def add(maps: _Maps, thing: tuple[jax.Array, ...]) -> tuple[_Maps, None]:
         heatmap, values = maps
         (column, row), radius, label, own = thing
         dy, dx = rows - row, columns - column
