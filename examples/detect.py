@@ -387,6 +387,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.image is None) != (arguments.checkpoint is None):
         parser.error("an image and a --checkpoint belong together")
+    if arguments.steps < 8:
+        parser.error("--steps must be at least 8, which are two of the backbone")
     if arguments.image is not None:
         try:
             image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")

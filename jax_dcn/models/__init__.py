@@ -1,5 +1,4 @@
-"""Models with deformable convolutions, for Flax's nnx: mmdet's backbones, feature pyramid and CenterNet,
-and InternImage.
+"""Models with deformable convolutions, for Flax's nnx: mmdet's backbones, pyramid and CenterNet, and InternImage.
 
 Their arguments, state-dict keys and numbers are those of mmdet 3.3.0, or of InternImage's own code, so that
 `jax_dcn.mmcv.load_into` fills them from the originals' checkpoints. Images and feature maps are NCHW, as there, unless
