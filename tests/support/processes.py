@@ -17,28 +17,22 @@ def run_python(code: str, *folders: Path, **environment: str) -> str:
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(*folders)}
     settings.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     settings |= environment
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=settings,
-        cwd=Path(sys.executable).parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return _run(settings, "-c", code)
 
 
 def run_example(name: str, *arguments: str) -> str:
     """Runs a program of examples/ as a user would, on the CPU, and returns what it prints."""
+    return _run({**os.environ, "JAX_PLATFORMS": "cpu"}, str(EXAMPLES / f"{name}.py"), *arguments)
+
+
+def _run(environment: dict[str, str], *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        [sys.executable, *arguments],
+        env=environment,
         cwd=Path(sys.executable).parent,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
