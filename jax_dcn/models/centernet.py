@@ -154,8 +154,9 @@ class CenterNet(nnx.Module):
             ResNet,
             ("init_cfg", "pretrained"),
             _RESNET_ONLY,
-            groups=1,  # mmdet's ResNet has neither this
-            base_width=4,  # nor this
+            # Not from the dict: mmdet's ResNet knows neither.
+            groups=1,
+            base_width=4,
             data_format="NHWC",
             **options,
         )
